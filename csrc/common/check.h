@@ -1,0 +1,70 @@
+// Input checks. Every message names the op, the argument and what it got; Python sees a ValueError.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+namespace hflow {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class... Parts>
+[[noreturn]] void fail(const char* op, const Parts&... parts) {
+  std::ostringstream text;
+  text << "hflow_fast." << op << ": ";
+  (text << ... << parts);
+  throw std::invalid_argument(text.str());
+}
+
+inline std::string shape_of(const Tensor& tensor) {
+  std::ostringstream text;
+  text << '(';
+  for (int64_t d = 0; d < tensor.dim(); ++d) text << (d ? ", " : "") << tensor.size(d);
+  text << (tensor.dim() == 1 ? ",)" : ")");
+  return text.str();
+}
+
+inline void check_floating(const char* op, const char* name, const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+    case ScalarType::Double:
+    case ScalarType::BFloat16:
+    case ScalarType::Half:
+      return;
+    default:
+      fail(op, name, " must be float32, float64, bfloat16 or float16, got ", torch::headeronly::toString(tensor.scalar_type()));
+  }
+}
+
+// The flow variable: (B, C, ...) of a floating dtype.
+inline void check_flow_variable(const char* op, const char* name, const Tensor& tensor) {
+  check_floating(op, name, tensor);
+  if (tensor.dim() < 2) fail(op, name, " must have shape (B, C, ...), got ", shape_of(tensor));
+}
+
+inline void check_same_device(const char* op, const char* name, const Tensor& tensor, const Tensor& x) {
+  if (!(tensor.device() == x.device())) fail(op, name, " must be on the device of x");
+}
+
+template <size_t N>
+void check_shape(const char* op, const char* name, const Tensor& tensor, const int64_t (&shape)[N]) {
+  bool same = tensor.dim() == static_cast<int64_t>(N);
+  for (size_t d = 0; same && d < N; ++d) same = tensor.size(d) == shape[d];
+  if (same) return;
+  std::ostringstream expected;
+  for (size_t d = 0; d < N; ++d) expected << (d ? ", " : "") << shape[d];
+  fail(op, name, " must have shape (", expected.str(), N == 1 ? ",)" : ")", ", got ", shape_of(tensor));
+}
+
+// `tensor` must have the shape of x but for its number of channels.
+inline void check_like(const char* op, const char* name, const Tensor& tensor, const Tensor& x, int64_t channels) {
+  bool same = tensor.dim() == x.dim();
+  for (int64_t d = 0; same && d < x.dim(); ++d) same = tensor.size(d) == (d == 1 ? channels : x.size(d));
+  if (!same) fail(op, name, " must have the shape of x, ", shape_of(x), ", with ", channels, " channels, got ", shape_of(tensor));
+}
+
+}  // namespace hflow

@@ -1,0 +1,258 @@
+// actnorm on the CPU: y = x·e^s + b per channel, its inverse and backward.
+//
+// Threads: chunks of about 16 Ki elements. Bytes: one read and one write of x forward; two reads and one write backward.
+// Long channel rows (contiguous) take one scalar scale per row. Short rows and channels_last, where the channel changes
+// from element to element, walk a per-element pattern of scales that repeats every sample or pixel.
+#include <torch/csrc/stable/library.h>
+
+#include <cmath>
+#include <numeric>
+#include <tuple>
+#include <vector>
+
+#include "common/check.h"
+#include "common/parallel.h"
+#include "common/rows.h"
+#include "common/tensor.h"
+
+namespace hflow {
+namespace {
+
+constexpr int64_t kTile = 1024;       // elements converted at a time: buffers stay in L1
+constexpr int64_t kChunk = 16 * kTile;  // elements per unit of work
+constexpr int64_t kLongRow = 64;      // rows at least this long are worth a call of their own
+
+// y = (x − center)·scale + shift: both directions, since one of center and shift is zero.
+template <class T>
+struct ChannelAffine {
+  std::vector<T> scale, center, shift;
+
+  ChannelAffine(const Tensor& log_scale, const Tensor& bias, bool inverse)
+      : scale(log_scale.numel()), center(scale.size()), shift(scale.size()) {
+    const int64_t channels = log_scale.numel();
+    gather(Memory::of(log_scale), 0, scale.data(), {1, channels, 0, 1, 0});
+    gather(Memory::of(bias), 0, inverse ? center.data() : shift.data(), {1, channels, 0, 1, 0});
+    for (T& s : scale) s = static_cast<T>(std::exp(inverse ? -static_cast<double>(s) : static_cast<double>(s)));
+  }
+
+  // Element e takes the values of channel (e / run) % channels.
+  ChannelAffine(const ChannelAffine& channels, int64_t run, int64_t length) : scale(length), center(length), shift(length) {
+    for (int64_t e = 0; e < length; ++e) {
+      const int64_t c = (e / run) % static_cast<int64_t>(channels.scale.size());
+      scale[e] = channels.scale[c], center[e] = channels.center[c], shift[e] = channels.shift[c];
+    }
+  }
+};
+
+template <class T>
+struct RowForward {
+  HFLOW_LEAF void run(const T* x, T* y, int64_t n, T scale, T center, T shift) {
+    for (int64_t i = 0; i < n; ++i) y[i] = (x[i] - center) * scale + shift;
+  }
+};
+
+template <class T>
+struct PatternForward {
+  HFLOW_LEAF void run(const T* x, T* y, int64_t n, const T* scale, const T* center, const T* shift) {
+    for (int64_t i = 0; i < n; ++i) y[i] = (x[i] - center[i]) * scale[i] + shift[i];
+  }
+};
+
+// grad_x, and the products whose sums give the gradients of scale and bias.
+template <class T>
+struct RowBackward {
+  HFLOW_LEAF void run(const T* x, const T* grad_y, T* grad_x, T* product, int64_t n, T scale, T center) {
+    for (int64_t i = 0; i < n; ++i) {
+      product[i] = grad_y[i] * (x[i] - center);
+      grad_x[i] = grad_y[i] * scale;
+    }
+  }
+};
+
+template <class T>
+struct PatternBackward {
+  HFLOW_LEAF void run(const T* x, const T* grad_y, T* grad_x, T* grad_sum, T* product_sum, int64_t n, const T* scale,
+                      const T* center) {
+    for (int64_t i = 0; i < n; ++i) {
+      grad_sum[i] += grad_y[i];
+      product_sum[i] += grad_y[i] * (x[i] - center[i]);
+      grad_x[i] = grad_y[i] * scale[i];
+    }
+  }
+};
+
+// How the elements of x meet the channels.
+struct Plan {
+  int64_t channels, run, total;  // `run` consecutive elements share a channel
+  bool by_rows;
+
+  Plan(const Tensor& x, MemoryFormat format)
+      : channels(x.size(1)), run(format == MemoryFormat::ChannelsLast ? 1 : pixels_of(x)), total(x.numel()), by_rows(run >= kLongRow) {}
+
+  int64_t period() const { return run * channels; }
+  int64_t chunks_per_row() const { return (run + kChunk - 1) / kChunk; }
+  // The pattern repeats whole periods up to about a tile, so that short periods still fill vectors.
+  int64_t pattern() const { return period() * std::max<int64_t>(1, kTile / std::max<int64_t>(period(), 1)); }
+  int64_t pattern_chunk() const { return pattern() * std::max<int64_t>(1, kChunk / std::max<int64_t>(pattern(), 1)); }
+};
+
+// f(channel, offset, n) for the tiles of one (row, chunk) unit.
+template <class F>
+void for_row_tiles(const Plan& plan, int64_t unit, const F& f) {
+  const int64_t row = unit / plan.chunks_per_row(), begin = (unit % plan.chunks_per_row()) * kChunk;
+  const int64_t end = std::min(begin + kChunk, plan.run);
+  for (int64_t p = begin; p < end; p += kTile) f(row % plan.channels, row * plan.run + p, std::min(kTile, end - p));
+}
+
+// f(pattern_offset, offset, n) for the tiles of one pattern unit.
+template <class F>
+void for_pattern_tiles(const Plan& plan, int64_t unit, const F& f) {
+  const int64_t end = std::min((unit + 1) * plan.pattern_chunk(), plan.total);
+  for (int64_t base = unit * plan.pattern_chunk(); base < end; base += plan.pattern()) {
+    const int64_t stop = std::min(base + plan.pattern(), end);
+    for (int64_t e = base; e < stop; e += kTile) f(e - base, e, std::min(kTile, stop - e));
+  }
+}
+
+int64_t row_units(const Plan& plan) { return plan.total / plan.run * plan.chunks_per_row(); }
+int64_t pattern_units(const Plan& plan) { return (plan.total + plan.pattern_chunk() - 1) / plan.pattern_chunk(); }
+
+template <class T>
+void forward(const Plan& plan, const ChannelAffine<T>& affine, Memory x, Memory y) {
+  if (plan.by_rows) {
+    parallel_units(row_units(plan), std::min(plan.run, kChunk), [&](int64_t unit) {
+      alignas(64) T in[kTile], out[kTile];
+      for_row_tiles(plan, unit, [&](int64_t c, int64_t offset, int64_t n) {
+        run_leaf<RowForward<T>>(load(x, offset, n, in), target(y, offset, out), n, affine.scale[c], affine.center[c], affine.shift[c]);
+        store(out, y, offset, n);
+      });
+    });
+    return;
+  }
+  const ChannelAffine<T> pattern(affine, plan.run, plan.pattern());
+  parallel_units(pattern_units(plan), plan.pattern_chunk(), [&](int64_t unit) {
+    alignas(64) T in[kTile], out[kTile];
+    for_pattern_tiles(plan, unit, [&](int64_t p, int64_t offset, int64_t n) {
+      run_leaf<PatternForward<T>>(load(x, offset, n, in), target(y, offset, out), n, pattern.scale.data() + p,
+                                  pattern.center.data() + p, pattern.shift.data() + p);
+      store(out, y, offset, n);
+    });
+  });
+}
+
+// Per channel: Σ grad_y and Σ grad_y·(x − center), from partial sums per unit added in order.
+struct ChannelSums {
+  std::vector<double> grad, product;
+};
+
+template <class T>
+ChannelSums backward(const Plan& plan, const ChannelAffine<T>& affine, Memory x, Memory grad_y, Memory grad_x) {
+  ChannelSums sums{std::vector<double>(plan.channels), std::vector<double>(plan.channels)};
+  if (plan.by_rows) {
+    const int64_t units = row_units(plan);
+    std::vector<double> partial(2 * units);
+    parallel_units(units, std::min(plan.run, kChunk), [&](int64_t unit) {
+      alignas(64) T in[kTile], grad[kTile], out[kTile], product[kTile];
+      for_row_tiles(plan, unit, [&](int64_t c, int64_t offset, int64_t n) {
+        const T* g = load(grad_y, offset, n, grad);
+        run_leaf<RowBackward<T>>(load(x, offset, n, in), g, target(grad_x, offset, out), product, n, affine.scale[c], affine.center[c]);
+        store(out, grad_x, offset, n);
+        partial[2 * unit] += sum(g, n);
+        partial[2 * unit + 1] += sum(product, n);
+      });
+    });
+    for (int64_t unit = 0; unit < units; ++unit) {
+      const int64_t c = unit / plan.chunks_per_row() % plan.channels;
+      sums.grad[c] += partial[2 * unit];
+      sums.product[c] += partial[2 * unit + 1];
+    }
+    return sums;
+  }
+  const ChannelAffine<T> pattern(affine, plan.run, plan.pattern());
+  const int64_t units = pattern_units(plan), width = plan.pattern();
+  std::vector<T> partial(2 * width * units);
+  parallel_units(units, plan.pattern_chunk(), [&](int64_t unit) {
+    alignas(64) T in[kTile], grad[kTile], out[kTile];
+    T* grad_sum = partial.data() + 2 * width * unit;
+    for_pattern_tiles(plan, unit, [&](int64_t p, int64_t offset, int64_t n) {
+      run_leaf<PatternBackward<T>>(load(x, offset, n, in), load(grad_y, offset, n, grad), target(grad_x, offset, out),
+                                   grad_sum + p, grad_sum + width + p, n, pattern.scale.data() + p, pattern.center.data() + p);
+      store(out, grad_x, offset, n);
+    });
+  });
+  for (int64_t unit = 0; unit < units; ++unit) {
+    for (int64_t e = 0; e < width; ++e) {
+      const int64_t c = e / plan.run % plan.channels;
+      sums.grad[c] += static_cast<double>(partial[2 * width * unit + e]);
+      sums.product[c] += static_cast<double>(partial[2 * width * unit + width + e]);
+    }
+  }
+  return sums;
+}
+
+double total_of(const Tensor& tensor) {
+  std::vector<double> values(tensor.numel());
+  gather(Memory::of(tensor), 0, values.data(), {1, tensor.numel(), 0, 1, 0});
+  return std::accumulate(values.begin(), values.end(), 0.0);
+}
+
+void check(const Tensor& x, const Tensor& log_scale, const Tensor& bias) {
+  check_flow_variable("actnorm", "x", x);
+  check_floating("actnorm", "log_scale", log_scale);
+  check_floating("actnorm", "bias", bias);
+  check_shape("actnorm", "log_scale", log_scale, {x.size(1)});
+  check_shape("actnorm", "bias", bias, {x.size(1)});
+}
+
+std::tuple<Tensor, Tensor> actnorm_fwd(Tensor x, Tensor log_scale, Tensor bias, bool inverse) {
+  check(x, log_scale, bias);
+  const MemoryFormat format = format_of(x);
+  x = as_format(x, format), log_scale = as_format(log_scale, MemoryFormat::Contiguous), bias = as_format(bias, MemoryFormat::Contiguous);
+  Tensor y = empty_in(x, format);
+  Tensor log_det = empty(x, {x.size(0)}, compute_type(x.scalar_type()));
+  visit_compute_type(x.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    if (x.numel() > 0) forward<T>(Plan(x, format), ChannelAffine<T>(log_scale, bias, inverse), Memory::of(x), Memory::of(y));
+    const double value = static_cast<double>(pixels_of(x)) * total_of(log_scale);
+    std::fill_n(static_cast<T*>(log_det.data_ptr()), x.size(0), static_cast<T>(inverse ? -value : value));
+  });
+  return {y, log_det};
+}
+
+std::tuple<Tensor, Tensor, Tensor> actnorm_bwd(Tensor x, Tensor log_scale, Tensor bias, Tensor grad_y, Tensor grad_log_det, bool inverse) {
+  check(x, log_scale, bias);
+  check_floating("actnorm", "grad_y", grad_y);
+  check_floating("actnorm", "grad_log_det", grad_log_det);
+  check_like("actnorm", "grad_y", grad_y, x, x.size(1));
+  check_shape("actnorm", "grad_log_det", grad_log_det, {x.size(0)});
+  const MemoryFormat format = format_of(x);
+  x = as_format(x, format), grad_y = as_format(grad_y, format);
+  log_scale = as_format(log_scale, MemoryFormat::Contiguous), bias = as_format(bias, MemoryFormat::Contiguous);
+  grad_log_det = as_format(grad_log_det, MemoryFormat::Contiguous);
+  Tensor grad_x = empty_in(x, format);
+  Tensor grad_log_scale = empty_in(log_scale, MemoryFormat::Contiguous), grad_bias = empty_in(bias, MemoryFormat::Contiguous);
+  visit_compute_type(x.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    const int64_t channels = x.size(1);
+    const ChannelAffine<T> affine(log_scale, bias, inverse);
+    ChannelSums sums{std::vector<double>(channels), std::vector<double>(channels)};
+    if (x.numel() > 0) sums = backward<T>(Plan(x, format), affine, Memory::of(x), Memory::of(grad_y), Memory::of(grad_x));
+    const double from_log_det = static_cast<double>(pixels_of(x)) * total_of(grad_log_det);
+    for (int64_t c = 0; c < channels; ++c) {
+      const double scale = affine.scale[c];
+      sums.product[c] = (inverse ? -1.0 : 1.0) * (scale * sums.product[c] + from_log_det);
+      sums.grad[c] = inverse ? -scale * sums.grad[c] : sums.grad[c];
+    }
+    scatter(sums.product.data(), Memory::of(grad_log_scale), 0, {1, channels, 0, 1, 0});
+    scatter(sums.grad.data(), Memory::of(grad_bias), 0, {1, channels, 0, 1, 0});
+  });
+  return {grad_x, grad_log_scale, grad_bias};
+}
+
+}  // namespace
+}  // namespace hflow
+
+STABLE_TORCH_LIBRARY_IMPL(hflow_fast, CPU, m) {
+  m.impl("actnorm_fwd", TORCH_BOX(&hflow::actnorm_fwd));
+  m.impl("actnorm_bwd", TORCH_BOX(&hflow::actnorm_bwd));
+}

@@ -1,0 +1,74 @@
+"""What every operation registers with torch beside its kernels: fake outputs, autograd, autocast.
+
+Contract with the schemas in ``csrc/ops.cpp``: ``<op>_fwd(tensors…, options…)`` and
+``<op>_bwd(tensors…, gradients of the outputs…, options…)``, which returns one gradient per tensor. The first tensor is the
+flow variable; it decides the memory format of everything with four dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from hflow_fast import _extension
+
+__all__ = ["empty_like_in", "format_of", "register"]
+
+_library = torch.library.Library("hflow_fast", "FRAGMENT")
+
+
+def format_of(x: torch.Tensor) -> torch.memory_format:
+    """The memory format a kernel works in, chosen as ``format_of`` in ``csrc/common/tensor.h`` does."""
+    if x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def empty_like_in(tensor: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
+    """Uninitialised, with the shape, dtype and device of ``tensor``, dense in ``memory_format`` where it has four dimensions."""
+    chosen = memory_format if tensor.dim() == 4 else torch.contiguous_format
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device, memory_format=chosen)
+
+
+def register(op: str, tensors: int, fake: Callable[..., Any]) -> None:
+    """Register the fake, autograd and autocast implementations of ``op``, whose first ``tensors`` arguments are tensors.
+
+    ``fake`` takes the arguments of ``<op>_fwd``, checks them and returns empty outputs. Under autocast a half-precision
+    flow variable becomes float32, so that flow variables and log-dets keep their precision; the other tensors are read
+    as they are, which saves a cast pass over a network's output.
+    """
+    if _extension.missing_reason() is not None:
+        return
+    forward_op = getattr(torch.ops.hflow_fast, f"{op}_fwd").default
+    backward_op = getattr(torch.ops.hflow_fast, f"{op}_bwd").default
+
+    def fake_backward(*arguments: Any) -> tuple[torch.Tensor, ...]:
+        memory_format = format_of(arguments[0])
+        return tuple(empty_like_in(tensor, memory_format) for tensor in arguments[:tensors])
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs[:tensors])
+        ctx.options = inputs[tensors:]
+
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return *backward_op(*ctx.saved_tensors, *gradients, *ctx.options), *(None for _ in ctx.options)
+
+    torch.library.register_fake(f"hflow_fast::{op}_fwd", fake)
+    torch.library.register_fake(f"hflow_fast::{op}_bwd", fake_backward)
+    torch.library.register_autograd(f"hflow_fast::{op}_fwd", backward, setup_context=setup_context)
+    for key in ("AutocastCPU", "AutocastCUDA"):
+        register_autocast(forward_op, key)
+
+
+def register_autocast(op: torch._ops.OpOverload, key: str) -> None:
+    """Under autocast, call ``op`` with its first tensor, the flow variable, in float32 where it was bfloat16 or float16."""
+    dispatch_key = getattr(torch._C.DispatchKey, key)
+
+    @op.py_impl(dispatch_key)
+    def kernel(x: torch.Tensor, *rest: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(dispatch_key)):
+            return op(x.float() if x.dtype in (torch.bfloat16, torch.float16) else x, *rest)
+
+    _library.impl(op.name().removeprefix("hflow_fast::"), lambda _, *arguments: kernel(*arguments), key, with_keyset=True)
