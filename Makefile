@@ -1,0 +1,36 @@
+# Every target sets up what it needs and can be run again: finished set-up is not redone.
+#   make test        all tests
+#   make demo        train a small model on real images: runs/demo/
+#   make cuda-check  compile every CUDA kernel, without a GPU
+#   make bench       our ops beside plain PyTorch
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: help test demo cuda-check bench
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+RUN ?= runs/demo
+VENV := .venv
+BIN := $(VENV)/bin
+export MAX_JOBS ?= $(shell nproc)
+
+help:
+	@sed -n '2,5s/^# *//p' Makefile
+
+# torch comes first: the extension is built against the installed one, and nothing later may replace it.
+$(VENV)/torch.stamp:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet $(TORCH) setuptools wheel ninja pybind11
+	touch $@
+
+$(VENV)/install.stamp: $(VENV)/torch.stamp pyproject.toml setup.py $(shell find csrc -type f)
+	$(BIN)/pip install --quiet --no-build-isolation --editable '.[test]'
+	touch $@
+
+test: $(VENV)/install.stamp
+	$(BIN)/python -m pytest python_tests --durations=10
+
+demo: $(VENV)/install.stamp
+	$(BIN)/python scripts/demo.py --run $(RUN)

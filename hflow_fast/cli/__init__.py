@@ -1,0 +1,39 @@
+"""The command line: ``hflow-fast`` and ``python -m hflow_fast``. One file per command."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from ..errors import CheckpointError, ConfigError, DatasetError
+from .dataset import dataset
+from .info import info
+from .sample import sample
+from .train import train
+
+__all__ = ["main"]
+
+
+class _UserError(click.ClickException):
+    exit_code = 2
+
+
+class _Group(click.Group):
+    """Shows what a user can cause as one line instead of a traceback."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except (CheckpointError, ConfigError, DatasetError, ArithmeticError, OSError) as error:
+            raise _UserError("; ".join(str(error).splitlines())) from error
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.version_option(package_name="hflow_fast")
+def main() -> None:
+    """Hierarchical normalizing flows: datasets, training, sampling."""
+
+
+for _command in (dataset, info, sample, train):
+    main.add_command(_command)

@@ -1,0 +1,100 @@
+"""``hflow-fast train``."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..configs import load_config
+from .options import device_option, threads_option
+
+__all__ = ["train"]
+
+
+@click.command()
+@click.option("--config", help="A preset (see hflow-fast info) or a JSON file.")
+@click.option("--data", type=click.Path(path_type=Path), help="Dataset folder made by hflow-fast dataset.")
+@click.option("--run", "directory", required=True, type=click.Path(path_type=Path), help="Folder of the run.")
+@click.option("--resume", is_flag=True, help="Continue the run from its last checkpoint.")
+@click.option("--steps", type=click.IntRange(min=1), help="End after this many optimizer steps.")
+@click.option("--epochs", type=click.IntRange(min=1), help="End after this many passes over the data.")
+@click.option("--hours", type=click.FloatRange(min=0, min_open=True), help="End after this much training time.")
+@click.option("--batch-size", type=click.IntRange(min=1), help="Images per forward pass (BATCH_SIZE); gradients are "
+              "accumulated over SAMPLES_PER_GRAD_EVAL images, or this many if it is more.")
+@click.option("--seed", type=click.IntRange(min=0), help="Of weights, data order and noise.")
+@device_option
+@threads_option
+def train(
+    config: str | None, data: Path | None, directory: Path, resume: bool, steps: int | None, epochs: int | None,
+    hours: float | None, batch_size: int | None, seed: int | None, device: str,
+) -> None:
+    """Train a model.
+
+    \b
+    hflow-fast train --config A-128 --data celeba-128 --run runs/first --hours 96
+    hflow-fast train --run runs/first --resume
+
+    Training ends at the first of --steps, --epochs and --hours, counted over all sessions of the run; given here,
+    they replace those of the configuration. Ctrl-C saves a checkpoint and ends.
+    """
+    import torch
+
+    from ..data import ImageDataset
+    from ..models import HFlow
+    from ..training import RunDirectory, Session, TrainConfig, Trainer
+    from ..training.trainer import check_dataset
+
+    if resume:
+        if config is not None or batch_size is not None or seed is not None:
+            raise click.UsageError("--resume keeps the run's configuration: leave out --config, --batch-size, --seed.")
+        run = RunDirectory.open(directory)
+        settings = run.read_config()
+    elif config is None:
+        raise click.UsageError("give --config to start a run, or --resume to continue one.")
+    else:
+        settings = load_config(config)
+    _override(settings.setdefault("GENERAL", {}), data, {"STEPS": steps, "EPOCHS": epochs, "HOURS": hours},
+              batch_size, seed)
+    general = TrainConfig.from_config(settings).general
+    if general.dataset_path is None:
+        raise click.UsageError("give the dataset with --data.")
+
+    # All that can be wrong is found out before the run's folder is made.
+    dataset = ImageDataset.open(general.dataset_path)
+    torch.manual_seed(general.seed)
+    model = HFlow.from_config(settings)
+    check_dataset(dataset, model.resolution, general.samples_per_grad_eval)
+    if not resume:
+        run = RunDirectory.create(directory, settings)
+    with run.lock():
+        trainer = Trainer(model, dataset, run, settings, device)
+        if resume:
+            run.write_config(settings)
+        session = Session(trainer)
+        if session.finished:
+            click.echo(f"{run.path}: already trained to step {trainer.step_count}; "
+                       "give --steps, --epochs or --hours to go further.")
+            return
+        ended = session.run()
+    if ended != "finished":
+        click.echo(f"{run.path}: {ended} at step {trainer.step_count}, saved; continue with --resume.")
+        raise SystemExit(128 + signal.Signals[ended])
+    click.echo(f"{run.path}: finished at step {trainer.step_count}.")
+
+
+def _override(
+    general: dict[str, Any], data: Path | None, limits: dict[str, Any], batch_size: int | None, seed: int | None
+) -> None:
+    """Writes the options that were given over the keys of section GENERAL."""
+    if any(limits.values()):
+        general.update(limits)
+    if data is not None:
+        general["DATASET_PATH"] = str(data.absolute())
+    if batch_size is not None:
+        general["BATCH_SIZE"] = batch_size
+        general["SAMPLES_PER_GRAD_EVAL"] = max(batch_size, general.get("SAMPLES_PER_GRAD_EVAL", 0))
+    if seed is not None:
+        general["SEED"] = seed

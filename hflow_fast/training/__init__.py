@@ -1,0 +1,22 @@
+"""Training: configuration, loop, checkpoints and the directory of a run."""
+
+from __future__ import annotations
+
+from .checkpoint import load_model, read_checkpoint, save_checkpoint
+from .config import TrainConfig
+from .log import read_metrics
+from .run import RunDirectory
+from .session import Session, TrainingError
+from .trainer import Trainer
+
+__all__ = [
+    "RunDirectory",
+    "Session",
+    "TrainConfig",
+    "Trainer",
+    "TrainingError",
+    "load_model",
+    "read_checkpoint",
+    "read_metrics",
+    "save_checkpoint",
+]

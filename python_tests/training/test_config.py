@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from hflow_fast.errors import ConfigError
+from hflow_fast.training import TrainConfig
+
+from .tiny import tiny_config
+
+
+def test_reads_the_keys_of_the_original() -> None:
+    config = TrainConfig.from_config(tiny_config(NUM_GPUS=1, DATASET_PATH=None, RESIZE_DATA_TO=128, EPOCHS=2000))
+    assert config.general.learning_rate_encoders == 5e-4
+    assert config.general.epochs == 2000
+    assert config.output.checkpoint_every == 4.0
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"LERNING_RATE": 1.0}, ["GENERAL.LERNING_RATE", "unknown"]),
+    ({"BATCH_SIZE": 0}, ["GENERAL.BATCH_SIZE", "0"]),
+    ({"BATCH_SIZE": 3}, ["SAMPLES_PER_GRAD_EVAL (4)", "BATCH_SIZE (3)"]),
+    ({"LEARNING_RATE_DECAY": 1.5}, ["GENERAL.LEARNING_RATE_DECAY", "1.5"]),
+    ({"GRAD_CLIP": float("nan")}, ["GENERAL.GRAD_CLIP"]),
+    ({"DISCRETIZATION_BITS": "eight"}, ["GENERAL.DISCRETIZATION_BITS", "'eight'"]),
+    ({"STEPS": None}, ["EPOCHS", "STEPS", "HOURS"]),
+])
+def test_bad_values_name_their_key(changes: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        TrainConfig.from_config(tiny_config(**changes))
+    assert all(word in str(error.value) for word in words)
+
+
+def test_every_missing_key_is_named() -> None:
+    config = tiny_config()
+    del config["GENERAL"]["LEARNING_RATE"], config["GENERAL"]["BATCH_SIZE"]
+    with pytest.raises(ConfigError, match="GENERAL.LEARNING_RATE: missing.*GENERAL.BATCH_SIZE: missing"):
+        TrainConfig.from_config(config)
+
+
+def test_unknown_and_missing_sections() -> None:
+    with pytest.raises(ConfigError, match="GENERAL: missing.*OUTPTU: unknown"):
+        TrainConfig.from_config({"OUTPTU": {}, "MODEL_PARAMETERS": {}})

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from hflow_fast.training import TrainConfig
+from hflow_fast.training.ema import update_average
+from hflow_fast.training.optimizer import build_optimizer, clip_and_step, learning_rates, set_epoch
+
+from .tiny import TinyFlow, tiny_config
+
+GENERAL = TrainConfig.from_config(tiny_config()).general
+FLOW, DECODER, ENCODER = 5e-3, 2e-3, 5e-4
+
+
+@pytest.mark.parametrize("epoch, decays", [(0, 0), (9, 0), (10, 0), (11, 0), (12, 1), (13, 1), (14, 2), (20, 5), (59, 24)])
+def test_rates_decay_on_even_epochs_after_the_start(epoch: int, decays: int) -> None:
+    assert learning_rates(epoch, GENERAL) == pytest.approx({
+        "encoders": ENCODER * 0.92**decays, "flows": FLOW * 0.95**decays, "decoders": DECODER * 0.95**decays})
+
+
+def test_rates_with_an_odd_start_and_none() -> None:
+    odd = GENERAL.model_copy(update={"learning_rate_decay_start": 3})
+    assert [learning_rates(epoch, odd)["flows"] / FLOW for epoch in (3, 4, 5, 6)] == pytest.approx([1, .95, .95, .95**2])
+    at_once = GENERAL.model_copy(update={"learning_rate_decay_start": 0})
+    assert [learning_rates(epoch, at_once)["flows"] / FLOW for epoch in (0, 1, 2)] == pytest.approx([1, 1, .95])
+
+
+def test_encoders_are_frozen_from_the_cut_on() -> None:
+    model = TinyFlow()
+    optimizer = build_optimizer(model.parameter_groups(), GENERAL)
+    assert set_epoch(optimizer, 59, GENERAL)["encoders"] > 0 and model.encoder.requires_grad
+    assert set_epoch(optimizer, 60, GENERAL)["encoders"] == 0 and not model.encoder.requires_grad
+    before = model.encoder.clone(), model.decoder.clone()
+    loss = model.loss(torch.randn(2, 3, 8, 8)).mean()
+    loss.backward()
+    clip_and_step(optimizer, loss, 50.0)
+    assert torch.equal(model.encoder, before[0]) and not torch.equal(model.decoder, before[1])
+
+
+def test_first_step_is_adam_at_each_groups_rate() -> None:
+    model = TinyFlow()
+    optimizer = build_optimizer(model.parameter_groups(), GENERAL)
+    before = copy.deepcopy(model)
+    loss = model.loss(torch.randn(2, 3, 8, 8)).mean()
+    loss.backward()
+    signs = {name: parameter.grad.sign() for name, parameter in model.named_parameters()}
+    clip_and_step(optimizer, loss, 1e9)
+    for name, rate in (("encoder", ENCODER), ("log_scale", FLOW), ("decoder", DECODER)):
+        moved = getattr(model, name) - getattr(before, name)
+        torch.testing.assert_close(moved, -rate * signs[name], rtol=1e-3, atol=1e-7)
+
+
+def test_gradient_is_clipped_as_a_whole() -> None:
+    parameters = [torch.nn.Parameter(torch.zeros(4)) for _ in range(3)]
+    optimizer = build_optimizer(dict(zip(("encoders", "flows", "decoders"), ([p] for p in parameters))), GENERAL)
+    for parameter in parameters:
+        parameter.grad = torch.full((4,), 10.0)
+    norm, skipped = clip_and_step(optimizer, torch.tensor(0.0), 1.0)
+    assert norm.item() == pytest.approx(10 * 12**0.5) and not skipped
+    # Adam's first moment is 0.1 of the clipped gradient, whose entries are 1 / √12.
+    assert optimizer.state[parameters[0]]["exp_avg"].tolist() == pytest.approx([0.1 / 12**0.5] * 4)
+
+
+@pytest.mark.parametrize("loss, gradient", [(float("nan"), 1.0), (1.0, float("inf")), (1.0, float("nan"))])
+def test_a_step_that_is_not_finite_changes_nothing(loss: float, gradient: float) -> None:
+    model = TinyFlow()
+    optimizer = build_optimizer(model.parameter_groups(), GENERAL)
+    for value, bad in ((1.0, 1.0), (loss, gradient), (1.0, 1.0)):
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        model.log_scale.grad[0, 0, 0] = bad
+        before, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict()["state"])
+        _, skipped = clip_and_step(optimizer, torch.tensor(value), 50.0)
+        same = all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values()))
+        is_bad = not (value == bad == 1.0)
+        assert bool(skipped) == same == is_bad
+        if is_bad:
+            torch.testing.assert_close(optimizer.state_dict()["state"], state, rtol=0, atol=0)
+    assert optimizer.state[model.decoder]["step"] == 2
+
+
+def test_moving_average() -> None:
+    model, average = TinyFlow(), TinyFlow()
+    old = average.decoder.detach().clone()
+    model.initialized.fill_(True)
+    update_average(average, model, 0.25)
+    torch.testing.assert_close(average.decoder.detach(), 0.75 * old + 0.25 * model.decoder.detach())
+    assert average.initialized
+    update_average(average, model, 1.0)
+    assert torch.equal(average.decoder, model.decoder)
