@@ -1,0 +1,40 @@
+"""``hflow-fast dataset``: images on disk to a dataset."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+__all__ = ["dataset"]
+
+_SHOWN = 20
+
+
+@click.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--resolution", type=click.IntRange(min=1), required=True, help="Side of the images in pixels.")
+@click.option("--held-out", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.05,
+              help="Fraction held out, when the source has no folders that say it.")
+@click.option("--seed", type=int, default=0, help="Of the choice of held-out images.")
+def dataset(source: Path, out: Path, resolution: int, held_out: float, seed: int) -> None:
+    """Make the dataset OUT from the images of SOURCE, a zip or a folder.
+
+    Images of any common format become RGB (transparency on white), are cut to the central square and resized.
+    With folders train/ and held_out/ (or test/, val/) in SOURCE, these are the split. Files that cannot be read are
+    listed and skipped. An existing OUT is never changed.
+    """
+    from ..data import create_dataset
+
+    already_there = os.path.lexists(out)
+    made = create_dataset(source, out, resolution, held_out=held_out, seed=seed, progress=True)
+    skipped = made.manifest.skipped
+    for item in skipped[:_SHOWN]:
+        click.echo(f"skipped {item.name}: {item.reason}", err=True)
+    if len(skipped) > _SHOWN:
+        click.echo(f"… {len(skipped)} skipped in all, listed in {out / 'dataset.json'}", err=True)
+    state = "already there" if already_there else "made"
+    click.echo(f"{out}: {state}, {len(made.train)} training and {len(made.held_out)} held-out images of "
+               f"{resolution} × {resolution}")

@@ -1,0 +1,10 @@
+"""Image datasets: making them, reading them, and turning 8-bit pixels into continuous data."""
+
+from __future__ import annotations
+
+from .batches import Batches
+from .create import create_dataset
+from .dataset import ImageDataset, Images
+from .dequantize import dequantize, to_uint8
+
+__all__ = ["Batches", "ImageDataset", "Images", "create_dataset", "dequantize", "to_uint8"]

@@ -1,0 +1,218 @@
+"""Making a dataset from a folder or a zip of images."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import shutil
+import uuid
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, Iterator
+
+import numpy as np
+from tqdm import tqdm
+
+from ..errors import DatasetError
+from .dataset import ImageDataset, Manifest, Recipe, Skipped
+from .decode import decode_image
+from .sources import SourceFile, fingerprint, open_source, printable
+
+__all__ = ["create_dataset"]
+
+_TRAIN = "train"
+_HELD_OUT = ("held_out", "test", "val")
+_THREADS = min(8, os.cpu_count() or 1)  # Pillow decodes and resizes without the interpreter lock
+
+
+def create_dataset(
+    source: str | Path,
+    out: str | Path,
+    resolution: int,
+    *,
+    held_out: float = 0.05,
+    seed: int = 0,
+    progress: bool = False,
+) -> ImageDataset:
+    """Makes a dataset from all images of a zip or a folder, as :func:`~hflow_fast.data.decode.decode_image` reads them.
+
+    When the source has a folder ``train`` and one of ``held_out``, ``test``, ``val`` at the top (or inside the one
+    folder that holds everything), these are the split and other files are skipped. Otherwise images are held out by a
+    hash of their pixels and the seed, so that equal images are on the same side.
+
+    Files that are not images, or damaged, are skipped and listed in ``manifest.skipped``. ``out`` appears when all is
+    done, and an existing one is never touched. Memory does not grow with the images, only with the list of their names.
+
+    Args:
+        source: a zip or a folder.
+        out: the folder to make.
+        resolution: side of the square images in pixels, at least 1.
+        held_out: fraction of distinct images to hold out, in (0, 1); at least one is.
+        seed: of that choice.
+        progress: show a bar when the standard error is a terminal.
+
+    Returns:
+        The dataset; the one that is there already if it was made from the same source in the same way.
+
+    Raises:
+        DatasetError: the source cannot be read or has no usable image, ``out`` exists, or the disk is full.
+        ValueError: a parameter outside its range.
+    """
+    source, out = Path(source), Path(out)
+    if resolution < 1:
+        raise ValueError(f"create_dataset: resolution must be at least 1, got {resolution}.")
+    if not 0 < held_out < 1:
+        raise ValueError(f"create_dataset: held_out must be between 0 and 1, got {held_out}.")
+    if out.resolve().is_relative_to(source.resolve()):
+        raise DatasetError(f"{out}: lies inside the source {source}; choose a place outside it.")
+
+    with open_source(source) as files:
+        folders = _split_folders(files)
+        recipe = Recipe(
+            source_fingerprint=fingerprint(files),
+            resolution=resolution,
+            split="folders" if folders else "content",
+            held_out_fraction=None if folders else held_out,
+            seed=None if folders else seed,
+        )
+        if os.path.lexists(out):
+            return _existing(out, recipe)
+        with _appearing(out) as folder:
+            _write(folder, source, files, folders, recipe, progress)
+    return ImageDataset.open(out)
+
+
+def _existing(out: Path, recipe: Recipe) -> ImageDataset:
+    """The dataset at ``out`` if it is the one asked for."""
+    advice = "it is left as it is; choose another place"
+    if not (out / "dataset.json").is_file():
+        raise DatasetError(f"{out}: exists and is not a dataset; {advice}.")
+    dataset = ImageDataset.open(out)
+    asked, found = recipe.model_dump(), dataset.manifest.recipe.model_dump()
+    differences = [
+        "another source or its files have changed" if key == "source_fingerprint"
+        else f"{key} {found[key]} instead of {asked[key]}"
+        for key in asked if asked[key] != found[key]
+    ]
+    if differences:
+        raise DatasetError(f"{out}: holds another dataset ({', '.join(differences)}); {advice}.")
+    dataset.verify()
+    return dataset
+
+
+@contextmanager
+def _appearing(out: Path) -> Iterator[Path]:
+    """A temporary sibling of ``out`` that takes its name on success and is removed on failure."""
+    temporary = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        yield temporary
+        temporary.rename(out)
+    except OSError as error:
+        raise DatasetError(f"{out}: cannot be written ({error.strerror or error}); nothing is left behind. "
+                           "Check the free space and the permissions there.") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write(
+    folder: Path, source: Path, files: list[SourceFile], folders: dict[str, bool | None], recipe: Recipe, progress: bool
+) -> None:
+    names: list[str] = []
+    skipped: list[Skipped] = []
+    hashes: list[bytes] = []
+    digest = hashlib.sha256()
+    with open(folder / "images.npy", "wb") as array:
+        array.write(_header(0, recipe.resolution))
+        for file, result in _decoded(files, folders, recipe.resolution, progress):
+            if isinstance(result, str):
+                skipped.append(Skipped(name=file.name, reason=result))
+                continue
+            pixels = result.tobytes()
+            array.write(pixels)
+            digest.update(pixels)
+            names.append(file.name)
+            hashes.append(hashlib.blake2b(pixels, digest_size=16, key=str(recipe.seed).encode()).digest())
+        array.seek(0)
+        array.write(_header(len(names), recipe.resolution))
+        _sync(array)
+
+    if not names:
+        raise DatasetError(f"{source}: no image in it. {_summary(skipped)}")
+    if folders:
+        held_out = [position for position, name in enumerate(names) if folders[name]]
+    else:
+        held_out = _held_out_by_hash(hashes, recipe.held_out_fraction)
+    if not 0 < len(held_out) < len(names):
+        raise DatasetError(f"{source}: {len(names) - len(held_out)} training and {len(held_out)} held-out images; "
+                           f"give at least one of each, not equal to each other. {_summary(skipped)}")
+    manifest = Manifest(recipe=recipe, source=printable(str(source)), sha256=digest.hexdigest(), names=names, held_out=held_out,
+                        skipped=skipped)
+    with open(folder / "dataset.json", "wb") as file:
+        file.write(manifest.model_dump_json(indent=1).encode())
+        _sync(file)
+
+
+def _decoded(
+    files: list[SourceFile], folders: dict[str, bool | None], resolution: int, progress: bool
+) -> Iterator[tuple[SourceFile, np.ndarray | str]]:
+    """Every file with its pixels, or with the reason why it has none, in order and a few at a time."""
+
+    def decode(file: SourceFile) -> np.ndarray | str:
+        if folders and folders[file.name] is None:
+            return f"in neither {_TRAIN}/ nor {'/, '.join(_HELD_OUT)}/"
+        try:
+            return decode_image(file.read(), resolution)
+        except Exception as error:  # zip members and decoders fail in many ways, none of which may end the run
+            return str(error) or type(error).__name__
+
+    with (
+        ThreadPoolExecutor(_THREADS) as pool,
+        tqdm(total=len(files), unit=" images", disable=None if progress else True) as bar,
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")  # Pillow's remarks on files that it can read
+        for start in range(0, len(files), 8 * _THREADS):
+            chunk = files[start : start + 8 * _THREADS]
+            for file, result in zip(chunk, pool.map(decode, chunk)):
+                yield file, result
+                bar.update()
+
+
+def _split_folders(files: list[SourceFile]) -> dict[str, bool | None]:
+    """For each name whether it is held out by its folder, None if it is in neither; empty if folders say nothing."""
+    paths = {file.name: PurePosixPath(file.name).parts for file in files}
+    wrapped = len({parts[0] for parts in paths.values()}) == 1
+    tops = {name: parts[wrapped] if len(parts) > wrapped + 1 else "" for name, parts in paths.items()}
+    if _TRAIN not in tops.values() or set(_HELD_OUT).isdisjoint(tops.values()):
+        return {}
+    return {name: top in _HELD_OUT if top == _TRAIN or top in _HELD_OUT else None for name, top in tops.items()}
+
+
+def _held_out_by_hash(hashes: list[bytes], fraction: float) -> list[int]:
+    distinct = sorted(set(hashes))
+    wanted = max(1, round(fraction * len(distinct)))
+    chosen = set(distinct[: min(wanted, len(distinct) - 1)])
+    return [position for position, value in enumerate(hashes) if value in chosen]
+
+
+def _header(count: int, resolution: int) -> bytes:
+    """The header of a .npy file of so many images; NumPy pads it to the same length for any count."""
+    header = io.BytesIO()
+    shape = (count, resolution, resolution, 3)
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    return header.getvalue()
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _summary(skipped: list[Skipped]) -> str:
+    first = [f"{item.name}: {item.reason}" for item in skipped[:3]] + ["…"] * (len(skipped) > 3)
+    return f"Files skipped: {len(skipped)}{' (' + '; '.join(first) + ')' if first else ''}."

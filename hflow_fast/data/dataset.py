@@ -1,0 +1,172 @@
+"""A dataset on disk: ``images.npy``, memory-mapped, and ``dataset.json``, which says what it holds."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
+
+from ..errors import DatasetError
+
+__all__ = ["ImageDataset", "Images", "Manifest", "Recipe", "Skipped"]
+
+
+class Recipe(BaseModel):
+    """All that decides what a dataset holds."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    source_fingerprint: str
+    resolution: int = Field(ge=1)
+    split: Literal["folders", "content"]
+    """``folders``: as the source's own folders say; ``content``: by a hash of the pixels."""
+    held_out_fraction: float | None
+    """Of a split by content."""
+    seed: int | None
+    """Of a split by content."""
+
+
+class Skipped(BaseModel):
+    """A file of the source that is not in the dataset."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    reason: str
+
+
+class Manifest(BaseModel):
+    """The content of ``dataset.json``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal["hflow_fast dataset"] = "hflow_fast dataset"
+    version: Literal[1] = 1
+    recipe: Recipe
+    source: str
+    sha256: str
+    """Of the pixels, without the header of ``images.npy``."""
+    names: list[str]
+    held_out: list[int]
+    """Positions of the held-out images; all others are for training."""
+    skipped: list[Skipped]
+
+
+class Images:
+    """A memory-mapped set of images that is read by indexing.
+
+    ``images[i]`` is a uint8 tensor (3, R, R); a slice, a list or a tensor of N indices gives (N, 3, R, R).
+    """
+
+    def __init__(self, pixels: np.ndarray, positions: np.ndarray, names: list[str]) -> None:
+        self._pixels = pixels
+        self._positions = positions
+        self._names = names
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def __getitem__(self, index: int | slice | list[int] | np.ndarray | Tensor) -> Tensor:
+        if isinstance(index, Tensor):
+            index = index.cpu().numpy()
+        chosen = self._pixels[self._positions[index]]
+        return torch.from_numpy(np.moveaxis(chosen, -1, -3).copy())
+
+    @property
+    def names(self) -> list[str]:
+        """Path of each image inside the source."""
+        return [self._names[position] for position in self._positions]
+
+
+@dataclass(frozen=True)
+class ImageDataset:
+    """Square RGB images, split into training and held-out ones. See :meth:`open`."""
+
+    path: Path
+    manifest: Manifest
+    train: Images
+    held_out: Images
+
+    @classmethod
+    def open(cls, path: str | Path) -> ImageDataset:
+        """Opens a dataset made by ``hflow-fast dataset``. Pixels stay on disk until they are indexed.
+
+        Raises:
+            DatasetError: the dataset is missing or damaged.
+        """
+        path = Path(path)
+        manifest = _read_manifest(path)
+        pixels = _map_pixels(path / "images.npy", manifest)
+        is_held_out = np.zeros(len(pixels), dtype=bool)
+        is_held_out[manifest.held_out] = True
+        split = (Images(pixels, np.flatnonzero(part), manifest.names) for part in (~is_held_out, is_held_out))
+        return cls(path, manifest, *split)
+
+    @property
+    def resolution(self) -> int:
+        """Side of the images in pixels."""
+        return self.manifest.recipe.resolution
+
+    @property
+    def names(self) -> list[str]:
+        """Path of every image inside the source, held-out ones included, in the order of ``images.npy``."""
+        return self.manifest.names
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for datasets with the same images in the same order and the same split."""
+        return hashlib.sha256(f"{self.manifest.sha256} {self.manifest.held_out}".encode()).hexdigest()
+
+    def verify(self) -> None:
+        """Reads all pixels and compares their SHA-256 with the one in ``dataset.json``.
+
+        Raises:
+            DatasetError: they differ.
+        """
+        digest = hashlib.sha256()
+        for image in _map_pixels(self.path / "images.npy", self.manifest):
+            digest.update(image)
+        if digest.hexdigest() != self.manifest.sha256:
+            raise _damaged(self.path / "images.npy", "its pixels are not those that were written")
+
+
+def _read_manifest(path: Path) -> Manifest:
+    file = path / "dataset.json"
+    if not file.is_file():
+        what = "not a dataset, dataset.json is missing" if path.exists() else "no such dataset"
+        raise DatasetError(f"{path}: {what}; make one with hflow-fast dataset SOURCE OUT --resolution R.")
+    try:
+        manifest = Manifest.model_validate_json(file.read_bytes())
+    except ValidationError as error:
+        first: Any = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise _damaged(file, f"{where}: {first['msg']}") from error
+    except OSError as error:
+        raise DatasetError(f"{file}: cannot be read ({error.strerror}).") from error
+    if not all(0 <= position < len(manifest.names) for position in manifest.held_out):
+        raise _damaged(file, "held_out: positions outside the dataset")
+    return manifest
+
+
+def _map_pixels(file: Path, manifest: Manifest) -> np.ndarray:
+    try:
+        pixels = np.lib.format.open_memmap(file, mode="r")
+    except FileNotFoundError:
+        raise _damaged(file, "the file is missing") from None
+    except (OSError, ValueError) as error:
+        raise _damaged(file, str(error)) from error
+    side = manifest.recipe.resolution
+    expected = (len(manifest.names), side, side, 3)
+    if pixels.shape != expected or pixels.dtype != np.uint8:
+        raise _damaged(file, f"it holds {pixels.dtype} {pixels.shape}, dataset.json says uint8 {expected}")
+    return pixels
+
+
+def _damaged(file: Path, reason: str) -> DatasetError:
+    return DatasetError(f"{file}: damaged ({reason}); make the dataset again in a new place with hflow-fast dataset.")

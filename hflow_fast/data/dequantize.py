@@ -1,0 +1,74 @@
+"""Between 8-bit pixels and the continuous values that a flow models."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["dequantize", "to_uint8"]
+
+_FRACTION_BITS = 16
+
+
+def dequantize(
+    images: Tensor,
+    *,
+    bits: int = 8,
+    noise_std: float = 0.0,
+    flip: bool = False,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    r"""Uniform dequantisation to [-0.5, 0.5), as HFlow's.
+
+    .. math:: x = \lfloor v / 2^{8-b} \rfloor / 2^b + u - 1/2 + \sigma n,\quad
+              u \sim \mathcal U[0, 2^{-b}),\ n \sim \mathcal N(0, 1)
+
+    u is drawn in steps of :math:`2^{-16-b}`, so that x is exact in float32 and, without Gaussian noise,
+    :func:`to_uint8` gives the 8-bit images back bit for bit.
+
+    Source: Theis et al., "A note on the evaluation of generative models", 2016 (uniform dequantisation).
+
+    Args:
+        images: (…, H, W), uint8, on any device.
+        bits: b, 1 to 8: the low 8 − b bits of each value are dropped.
+        noise_std: σ ≥ 0, in the units of the result.
+        flip: mirror each image left to right with probability 1/2; images are then (B, C, H, W).
+        generator: on the device of the images; PyTorch's default one when None.
+
+    Returns:
+        Same shape and device, float32.
+
+    Raises:
+        ValueError: not uint8, or a parameter outside its range.
+    """
+    if images.dtype != torch.uint8:
+        raise ValueError(f"dequantize: images must be uint8, got {images.dtype}.")
+    if not 1 <= bits <= 8:
+        raise ValueError(f"dequantize: bits must be 1 to 8, got {bits}.")
+    if not noise_std >= 0:
+        raise ValueError(f"dequantize: noise_std must be at least 0, got {noise_std}.")
+    if flip:
+        if images.dim() != 4:
+            raise ValueError(f"dequantize: flip needs images (B, C, H, W), got {tuple(images.shape)}.")
+        mirrored = torch.rand(len(images), 1, 1, 1, device=images.device, generator=generator) < 0.5
+        images = torch.where(mirrored, images.flip(-1), images)
+    quantized = (images >> (8 - bits)).int() << _FRACTION_BITS
+    fraction = torch.randint(
+        2**_FRACTION_BITS, images.shape, dtype=torch.int32, device=images.device, generator=generator
+    )
+    x = (quantized + fraction) * 2.0 ** -(bits + _FRACTION_BITS) - 0.5
+    if noise_std > 0:
+        x += noise_std * torch.randn(x.shape, device=x.device, generator=generator)
+    return x
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """8-bit pixels of continuous values: ⌊256·(x + ½)⌋, limited to 0 … 255; NaN becomes 0.
+
+    Args:
+        x: any shape, floating point; [-0.5, 0.5] is black to white.
+
+    Returns:
+        Same shape and device, uint8.
+    """
+    return torch.nan_to_num(x.float() * 256 + 128, nan=0.0).floor_().clamp_(0, 255).to(torch.uint8)
