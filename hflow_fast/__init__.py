@@ -1,0 +1,30 @@
+"""Fused normalizing-flow layers for PyTorch, and the hierarchical flow model built on them.
+
+- :mod:`hflow_fast.ops`: the fused operations as differentiable functions.
+- :mod:`hflow_fast.nn`: the layers.
+- :mod:`hflow_fast.models`: complete models.
+- :mod:`hflow_fast.reference`: the meaning of every operation in plain torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from .errors import CheckpointError, ConfigError, DatasetError
+
+__version__ = "0.1.0"
+__all__ = ["CheckpointError", "ConfigError", "DatasetError", "__version__"]
+
+_SUBMODULES = ("configs", "data", "metrics", "models", "nn", "ops", "reference", "training")
+
+
+def __getattr__(name: str) -> Any:
+    # Submodules load on first use: the command line answers quickly, and the layers do not import the trainer.
+    if name in _SUBMODULES:
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *_SUBMODULES])

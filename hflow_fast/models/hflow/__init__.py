@@ -1,0 +1,7 @@
+"""HFlow: the hierarchical flow of "Invertible Hierarchical Generative Model for Images" (TMLR 2023)."""
+
+from .bound import LevelTerms, LikelihoodBound
+from .config import EndblockConfig, HFlowConfig
+from .model import HFlow
+
+__all__ = ["EndblockConfig", "HFlow", "HFlowConfig", "LevelTerms", "LikelihoodBound"]

@@ -1,0 +1,244 @@
+"""The complete hierarchical flow."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .architecture import read_levels
+from .bound import LikelihoodBound
+from .config import HFlowConfig
+from .decoder import CodeDecoder
+from .encoder import CodeEncoder
+from .endblock import Endblock, StyleNetwork
+from .layers import EqualConv2d
+from .level import Level
+
+__all__ = ["HFlow"]
+
+PIXEL_SCALE = 4.0
+"""Factor on pixels in [-0.5, 0.5], which gives natural images about unit variance."""
+
+
+class HFlow(nn.Module):
+    """Hierarchical normalizing flow for images ("Invertible Hierarchical Generative Model for Images", TMLR 2023).
+
+    A learned encoder maps the image, level by level, to smaller targets and finally to a code of one pixel. Each level
+    has a conditional flow for its target given the target below; the endblock has one for the code. So the model
+    samples from coarse to fine, and its likelihood is bounded by the sum over levels.
+
+    Example:
+        >>> model = HFlow.from_config("tiny-16")
+        >>> x = torch.rand(2, 3, 16, 16) - 0.5
+        >>> latents, log_det = model.eval().encode(x)
+        >>> reconstruction, _ = model.decode(latents)
+        >>> torch.allclose(reconstruction, x, atol=1e-4)
+        True
+    """
+
+    def __init__(self, config: HFlowConfig) -> None:
+        super().__init__()
+        self.config = config
+        endblock = config.endblock_settings
+        channels = endblock.endblock_tot_channels
+        style_channels = config.global_net_channels
+        self.levels = nn.ModuleList(Level(spec, style_channels) for spec in read_levels(config))
+        self.code_encoder = CodeEncoder(config.encoder_channels[-1], endblock, config.encoder_lr_scale)
+        self.code_decoder = CodeDecoder(endblock)
+        self.code_projection = EqualConv2d(channels, channels, 1, activation="linear")
+        self.style = None
+        if config.has_style:
+            self.style = StyleNetwork(channels, style_channels, endblock.mapping_network_lr_scale)
+        self.endblock = Endblock(endblock)
+
+    @classmethod
+    def from_config(cls, source: str | os.PathLike[str] | Mapping[str, Any] | HFlowConfig) -> HFlow:
+        """A freshly initialised model.
+
+        Args:
+            source: a preset's name (:func:`hflow_fast.configs.preset_names`), the path of a JSON file in the
+                original's layout, or a mapping of the same form.
+
+        Raises:
+            ConfigError: naming every key that is unknown, missing or inconsistent.
+        """
+        return cls(HFlowConfig.load(source))
+
+    @classmethod
+    def from_original(cls, config: str | os.PathLike[str] | Mapping[str, Any] | HFlowConfig,
+                      state_dict: Mapping[str, Tensor]) -> HFlow:
+        """The model with weights of the original implementation (timoneh/hflow), by its parameter names.
+
+        Raises:
+            ConfigError: as :meth:`from_config`.
+            CheckpointError: a tensor is missing, left over or of another shape.
+        """
+        from .original import load_original
+
+        model = cls.from_config(config)
+        load_original(model, state_dict)
+        return model
+
+    @property
+    def resolution(self) -> int:
+        """Height and width of the images."""
+        return self.config.resolutions[0]
+
+    @property
+    def dims(self) -> int:
+        """Values per image, 3·R²."""
+        return 3 * self.resolution**2
+
+    @property
+    def latent_shapes(self) -> list[tuple[int, int, int]]:
+        """(C, H, W) of each latent: finest level first, the endblock's last."""
+        levels = [(level.spec.channels, level.spec.resolution, level.spec.resolution) for level in self.levels]
+        return [*levels, (self.config.endblock_settings.endblock_tot_channels, 1, 1)]
+
+    def targets(self, x: Tensor) -> list[Tensor]:
+        """What the flows model: the scaled image, each level's target (finest first), and the code.
+
+        Args:
+            x: (B, 3, R, R) in [-0.5, 0.5].
+        """
+        self._check_images(x)
+        features = x * PIXEL_SCALE
+        targets: list[Tensor | None] = [features]
+        for level in self.levels:
+            target, features = level.encoder(features)
+            targets.append(target)
+        return [*targets[:-1], self.code_encoder(features)]
+
+    def forward(self, x: Tensor, noise: bool = True) -> Tensor:
+        """:meth:`loss`, so that wrappers of modules (DDP, ``torch.compile``) train the model."""
+        return self.loss(x, noise)
+
+    def loss(self, x: Tensor, noise: bool = True) -> Tensor:
+        """The training loss: each level's bound in its own bits per dimension, times its weight, summed.
+
+        In training mode the first call initialises the actnorms from ``x``.
+
+        Args:
+            x: (B, 3, R, R) in [-0.5, 0.5].
+            noise: False replaces every noise sample by zero; the entropy terms stay.
+
+        Returns:
+            (B,).
+        """
+        return self.bound(x, noise).loss
+
+    def bound(self, x: Tensor, noise: bool = True) -> LikelihoodBound:
+        """The bound behind :meth:`loss`, with every level's terms; arguments as there."""
+        *targets, code = self.targets(x)
+        terms = self.endblock.bound(code, noise)
+        below, style = self._condition(self.endblock.perturb(code) if noise else code)
+        skip = None
+        for level, target in zip(reversed(self.levels), reversed(targets)):
+            terms[level.name], skip = level.bound(target, below, style, skip, noise=noise, pixel_scale=PIXEL_SCALE)
+            below = target
+        return LikelihoodBound(terms, self.dims)
+
+    def encode(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Images → latents; exactly inverted by :meth:`decode`.
+
+        Args:
+            x: (B, 3, R, R) in [-0.5, 0.5]; any B, also 1.
+
+        Returns:
+            The latents, finest level first and the endblock's (B, C, 1, 1) last; and log|det| (B,) summed over all
+            flows, without the constant scaling of pixels: minus that of :meth:`decode`.
+        """
+        *targets, code = self.targets(x)
+        latent, log_det = self.endblock.encode(code)
+        latents = [latent]
+        below, style = self._condition(code)
+        skip = None
+        for level, target in zip(reversed(self.levels), reversed(targets)):
+            latent, term, skip = level.encode(target, below, style, skip)
+            latents.append(latent)
+            log_det = log_det + term
+            below = target
+        return latents[::-1], log_det
+
+    def decode(self, latents: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Latents, as from :meth:`encode`, → images (B, 3, R, R) and log|det| (B,) summed over all flows.
+
+        Raises:
+            ValueError: the number of latents or a shape is not that of :attr:`latent_shapes`.
+        """
+        self._check_latents(latents)
+        below, log_det = self.endblock.decode(latents[-1])
+        below, style = self._condition(below)
+        skip = None
+        for level, latent in zip(reversed(self.levels), reversed(latents[:-1])):
+            below, term, skip = level.decode(latent, below, style, skip)
+            log_det = log_det + term
+        return below / PIXEL_SCALE, log_det
+
+    @torch.no_grad()
+    def sample(self, n: int, std: float = 0.8, generator: torch.Generator | None = None) -> Tensor:
+        """Random images (n, 3, R, R), in about [-0.5, 0.5] (not clipped).
+
+        Args:
+            std: temperature: factor on every level's prior std. The endblock samples at 1, as in the original.
+            generator: on the model's device; the global one if None.
+        """
+        if n < 0 or std < 0:
+            raise ValueError(f"sample: n and std must not be negative, got n={n}, std={std}.")
+        parameter = next(self.parameters())
+        stds = [*(std * level.spec.prior_std for level in self.levels), 1.0]
+        latents = [torch.randn(n, *shape, generator=generator, device=parameter.device, dtype=parameter.dtype) * scale
+                   for shape, scale in zip(self.latent_shapes, stds)]
+        return self.decode(latents)[0]
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor) -> None:
+        """Data-dependent initialisation of the actnorms from a batch (B, 3, R, R) in [-0.5, 0.5], once.
+
+        Each actnorm of a level gets zero mean and unit variance at its output. Later calls, and calls on a model with
+        loaded weights, change nothing. Without it, the first :meth:`loss` in training mode does the same.
+        """
+        if not all(level.flow.affines.is_initialized for level in self.levels):
+            training = self.training
+            self.train()
+            self.loss(x)
+            self.train(training)
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Every parameter once, in the groups that have learning rates of their own.
+
+        "encoders": the encoder pyramid; "decoders": the decoders' convolutions; "flows": the flows and what connects
+        them (contexts, skips, styles).
+        """
+        groups: dict[str, list[nn.Parameter]] = {"encoders": [], "flows": [], "decoders": []}
+        for name, parameter in self.named_parameters():
+            groups[_group(name)].append(parameter)
+        return groups
+
+    def _condition(self, code: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The canvas below the lowest level (B, C, 4, 4), and the style (B, S)."""
+        style = None if self.style is None else self.style(code * self.endblock.style_mask)
+        return self.code_decoder(self.code_projection(code * self.endblock.base_mask)), style
+
+    def _check_images(self, x: Tensor) -> None:
+        if x.dim() != 4 or tuple(x.shape[1:]) != (3, self.resolution, self.resolution):
+            raise ValueError(f"HFlow: x has shape {tuple(x.shape)}; this model takes (B, 3, {self.resolution}, "
+                             f"{self.resolution}). Resize the images or choose another configuration.")
+
+    def _check_latents(self, latents: Sequence[Tensor]) -> None:
+        shapes = [tuple(latent.shape[1:]) for latent in latents]
+        if shapes != self.latent_shapes:
+            raise ValueError(f"HFlow.decode: latents have shapes {shapes} after the batch; this model's are "
+                             f"{self.latent_shapes}, finest level first.")
+
+
+def _group(name: str) -> str:
+    parts = name.split(".")
+    if "encoder" in parts or "code_encoder" in parts:
+        return "encoders"
+    if "styles" in parts:
+        return "flows"
+    return "decoders" if "decoder" in parts or "code_decoder" in parts else "flows"

@@ -1,0 +1,61 @@
+"""The U-net inside HFlow's decoders."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .architecture import unet_depth
+from .layers import EqualConv2d, downsample, instance_norm, merge_residual, upsample
+
+__all__ = ["UNet"]
+
+_SMALLEST_BINOMIAL = 8  # at 8 pixels and below, resampling is a plain 2 × 2 average and bilinear
+
+
+class UNet(nn.Module):
+    """(B, in, R, R) → (B, out, R, R), down to 4 × 4 but at most four halvings.
+
+    Args:
+        growth: factor on the width per halving.
+        normalize: instance norm before each block.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, resolution: int, *, growth: float = 1.5,
+                 normalize: bool) -> None:
+        super().__init__()
+        self.normalize = normalize
+        widths = [int(in_channels * growth**level) for level in range(unet_depth(resolution) + 1)]
+        steps = list(zip(widths, widths[1:]))
+        self.start = EqualConv2d(in_channels, in_channels, 3)
+        self.down = nn.ModuleList(_pair(fine, coarse) for fine, coarse in steps)
+        self.bottom = EqualConv2d(widths[-1], widths[-1], 1)
+        self.up = nn.ModuleList(_pair(coarse, fine) for fine, coarse in reversed(steps))
+        self.end = nn.Sequential(EqualConv2d(in_channels, in_channels, 3),
+                                 EqualConv2d(in_channels, out_channels, 3, activation="linear"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.start(x)
+        skips = []
+        for block in self.down:
+            skips.append(x)
+            x = _halve(block(self._norm(x)))
+        x = self.bottom(x)
+        for block in self.up:
+            x = merge_residual(block(self._norm(_double(x))), skips.pop())
+        return self.end(x)
+
+    def _norm(self, x: Tensor) -> Tensor:
+        return instance_norm(x) if self.normalize else x
+
+
+def _pair(in_channels: int, out_channels: int) -> nn.Sequential:
+    return nn.Sequential(EqualConv2d(in_channels, out_channels, 3), EqualConv2d(out_channels, out_channels, 3))
+
+
+def _halve(x: Tensor) -> Tensor:
+    return downsample(x) if x.shape[-1] > _SMALLEST_BINOMIAL else F.avg_pool2d(x, 2)
+
+
+def _double(x: Tensor) -> Tensor:
+    return upsample(x) if x.shape[-1] > _SMALLEST_BINOMIAL else F.interpolate(x, scale_factor=2.0, mode="bilinear")
