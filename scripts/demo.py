@@ -65,11 +65,11 @@ def measure(run: Path, dataset: ImageDataset) -> dict[str, Any]:
     model, config = load_model(run)
     bits = config["GENERAL"]["DISCRETIZATION_BITS"]
     everything = torch.arange(len(dataset.held_out))
-    gaussian = PixelGaussian.fit(dataset.train)
+    gaussian = PixelGaussian.fit(dataset.train, bits)
     metrics = {
         **held_out_bits_per_dim(model, dataset.held_out, everything, batch_size=32, bits=bits),
         "uniform_bits_per_dim": uniform_bits_per_dim(bits),
-        "pixel_gaussian_bits_per_dim": gaussian.bits_per_dim(dataset.held_out),
+        "pixel_gaussian_bits_per_dim": float(gaussian.bits_per_dim(dataset.held_out).mean()),
         "held_out_images": len(everything),
         "training_images": len(dataset.train),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),

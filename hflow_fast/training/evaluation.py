@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import torch
 from torch import nn
 
-from ..data import dequantize
-from ..metrics import bits_per_dim
+from ..data import Images, dequantize
+from ..metrics import RunningMean, bits_per_dim
 
 __all__ = ["evaluation_indices", "held_out_bits_per_dim"]
 
@@ -42,12 +44,12 @@ def held_out_bits_per_dim(
     """
     device = next(model.parameters()).device
     torch.manual_seed(_SEED)
-    totals: dict[str, torch.Tensor] = {}
+    means: dict[str, RunningMean] = defaultdict(RunningMean)
     for batch in indices.split(batch_size):
         x = dequantize(images[batch].to(device), bits=bits)
         bound = model.bound(x)
         values = {"held_out_bits_per_dim": bits_per_dim(bound.nats, model.dims, bits)}
         values |= {f"held_out_bits_per_dim/{level}": value for level, value in bound.levels.items()}
         for name, value in values.items():
-            totals[name] = totals.get(name, 0.0) + value.double().sum()
-    return {name: float(total) / len(indices) for name, total in totals.items()}
+            means[name].update(value)
+    return {name: mean.mean for name, mean in means.items()}

@@ -30,6 +30,8 @@ class RunLog:
             print("TensorBoard is not installed (pip install tensorboard); the metrics go to metrics.jsonl only.")
         else:
             self._tensorboard = SummaryWriter(str(run.tensorboard), purge_step=step + 1)
+        if self._path.exists() and not self._path.read_bytes().endswith(b"\n"):
+            self._append("\n")  # the last line was torn by a full disk
         self.write(step, {})
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -38,8 +40,7 @@ class RunLog:
         Raises:
             OSError: it cannot be written.
         """
-        with open(self._path, "a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        self._append(json.dumps({"step": step, **values}) + "\n")
         if self._tensorboard is not None:
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, step)
@@ -47,6 +48,10 @@ class RunLog:
     def close(self) -> None:
         if self._tensorboard is not None:
             self._tensorboard.close()
+
+    def _append(self, text: str) -> None:
+        with open(self._path, "a") as file:
+            file.write(text)
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

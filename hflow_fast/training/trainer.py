@@ -146,13 +146,17 @@ class Trainer:
 
 
 def check_dataset(dataset: ImageDataset, resolution: int, images_per_step: int) -> None:
-    """
+    """Whether a model of this resolution can be trained on the dataset.
+
     Raises:
-        DatasetError: the dataset is not of the model's resolution, or has too few images for one step.
+        DatasetError: it is of another resolution, has too few images for one step, or none to evaluate on.
     """
     if dataset.resolution != resolution:
         raise DatasetError(f"{dataset.path}: its images are {dataset.resolution} px, the model's {resolution} px; "
                            f"make a dataset with hflow-fast dataset … --resolution {resolution}.")
+    if not len(dataset.held_out):
+        raise DatasetError(f"{dataset.path}: no held-out images, so the model could not be judged; "
+                           "make the dataset again with --held-out.")
     if len(dataset.train) < images_per_step:
         raise DatasetError(f"{dataset.path}: {len(dataset.train)} training images are too few for one step; "
                            f"add images or lower SAMPLES_PER_GRAD_EVAL ({images_per_step}).")

@@ -1,0 +1,66 @@
+"""``hflow-fast info``."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+
+import click
+
+__all__ = ["info"]
+
+
+@click.command()
+def info() -> None:
+    """Show versions, kernels, devices and presets."""
+    import torch
+
+    from .. import _extension
+
+    rows = {
+        "hflow_fast": _version(),
+        "Python": platform.python_version(),
+        "PyTorch": torch.__version__,
+        "CUDA of PyTorch": torch.version.cuda or "none (CPU build)",
+        "kernels": "compiled" if _extension.missing_reason() is None else f"plain PyTorch: {_extension.missing_reason()}",
+        **_extension.build_info(),
+        "threads": torch.get_num_threads(),
+        "devices": ", ".join(["cpu", *_gpus()]),
+    }
+    _print_table(rows)
+    click.echo("\nPresets")
+    _print_table(_presets())
+
+
+def _version() -> str:
+    try:
+        return metadata.version("hflow_fast")
+    except metadata.PackageNotFoundError:
+        return "run from its source folder, not installed"
+
+
+def _gpus() -> list[str]:
+    import torch
+
+    return [f"cuda:{index} ({torch.cuda.get_device_name(index)})" for index in range(torch.cuda.device_count())]
+
+
+def _presets() -> dict[str, str]:
+    import torch
+
+    from ..configs import preset_names
+    from ..models import HFlow
+
+    rows = {}
+    for name in preset_names():
+        with torch.device("meta"):  # shapes only: nothing is allocated
+            model = HFlow.from_config(name)
+        count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        rows[name] = f"{model.resolution} × {model.resolution} pixels, {count:,} parameters"
+    return rows
+
+
+def _print_table(rows: dict[str, object]) -> None:
+    width = max(map(len, rows), default=0)
+    for name, value in rows.items():
+        click.echo(f"  {name:{width}}  {value}")

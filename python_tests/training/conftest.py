@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Callable
+
+import numpy as np
+import pytest
+import torch
+
+from hflow_fast.data import ImageDataset
+from hflow_fast.training import RunDirectory, Trainer
+
+from .tiny import SIZE, TinyFlow, tiny_config
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> ImageDataset:
+    """12 training and 4 held-out images of smooth colour."""
+    path = tmp_path_factory.mktemp("data")
+    random = np.random.default_rng(0)
+    ramp = np.linspace(0, 100, SIZE)[:, None, None] * np.ones((1, SIZE, 1))
+    images = np.stack([ramp + random.uniform(0, 150, 3) for _ in range(16)]).astype(np.uint8)
+    np.save(path / "images.npy", images)
+    recipe = {"source_fingerprint": "", "resolution": SIZE, "split": "content", "held_out_fraction": 0.25, "seed": 0}
+    (path / "dataset.json").write_text(json.dumps({
+        "recipe": recipe, "source": "made up", "sha256": hashlib.sha256(images.tobytes()).hexdigest(),
+        "names": list(map(str, range(16))), "held_out": [0, 5, 10, 15], "skipped": []}))
+    return ImageDataset.open(path)
+
+
+@pytest.fixture
+def make_trainer(dataset: ImageDataset) -> Callable[..., Trainer]:
+    """``make_trainer(directory, noise=0.0, **general)``: a trainer of a fresh TinyFlow, in a new or existing run."""
+
+    def make(directory: Path, noise: float = 0.0, **general: Any) -> Trainer:
+        config = tiny_config(**general)
+        torch.manual_seed(0)
+        model = TinyFlow(noise)
+        run = RunDirectory.open(directory) if directory.exists() else RunDirectory.create(directory, config)
+        run.make_folders()
+        return Trainer(model, dataset, run, config)
+
+    return make

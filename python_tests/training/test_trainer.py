@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Callable
+
+import pytest
+import torch
+
+from hflow_fast.data import ImageDataset
+from hflow_fast.errors import DatasetError
+from hflow_fast.training import Trainer
+from hflow_fast.training.trainer import check_dataset
+
+MakeTrainer = Callable[..., Trainer]
+
+
+def states(trainer: Trainer) -> list[torch.Tensor]:
+    return [*trainer.model.state_dict().values(), *trainer.average.state_dict().values()]
+
+
+def test_resume_is_exact(tmp_path: Path, make_trainer: MakeTrainer) -> None:
+    """Losses and weights to the bit, across an epoch's end, a decay, and noise in data and model."""
+    schedule = {"noise": 0.1, "LEARNING_RATE_DECAY_START": 0, "LEARNING_RATE_CUT_ENCODERS": 1}
+    whole = make_trainer(tmp_path / "whole", **schedule)
+    whole.initialize()
+    expected = [whole.step().loss for _ in range(9)]
+
+    first = make_trainer(tmp_path / "parts", **schedule)
+    first.initialize()
+    losses = [first.step().loss for _ in range(4)]
+    first.save()
+    first.step()  # lost, as after a crash
+    second = make_trainer(tmp_path / "parts", **schedule)
+    second.initialize()
+    assert second.step_count == 4 and second.epoch == 1
+    losses += [second.step().loss for _ in range(5)]
+
+    assert torch.equal(torch.stack(losses), torch.stack(expected))
+    assert all(torch.equal(a, b) for a, b in zip(states(second), states(whole), strict=True))
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path: Path, make_trainer: MakeTrainer) -> None:
+    plain = {"ADDED_NOISE_STD": 0.0, "HORIZONTAL_FLIPS": False}
+    models = []
+    for batch_size in (1, 2, 4):
+        trainer = make_trainer(tmp_path / str(batch_size), BATCH_SIZE=batch_size, **plain)
+        trainer._dequantize = lambda images: images / 255 - 0.5  # the noise would depend on the passes
+        trainer.step()
+        models.append(trainer.model)
+    for model in models[1:]:
+        for a, b in zip(models[0].parameters(), model.parameters()):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_average_follows_exactly_in_epoch_0_and_slowly_later(tmp_path: Path, make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(tmp_path / "run")  # 3 steps are an epoch
+    for _ in range(3):
+        trainer.step()
+        assert torch.equal(trainer.average.decoder, trainer.model.decoder)
+    before = trainer.average.decoder.detach().clone()
+    trainer.step()
+    torch.testing.assert_close(trainer.average.decoder, torch.lerp(before, trainer.model.decoder.detach(), 0.005))
+    assert not torch.equal(trainer.average.decoder, before)
+
+
+def test_initialization_happens_once_and_reaches_the_average(tmp_path: Path, make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(tmp_path / "run")
+    trainer.initialize()
+    assert trainer.average.initialized and torch.equal(trainer.average.encoder, trainer.model.encoder)
+    trainer.step()
+    weights = copy.deepcopy(trainer.model.state_dict())
+    trainer.initialize()
+    assert all(torch.equal(a, b) for a, b in zip(weights.values(), trainer.model.state_dict().values()))
+
+
+def test_datasets_that_do_not_fit(dataset: ImageDataset) -> None:
+    with pytest.raises(DatasetError, match="8 px, the model's 16 px.*--resolution 16"):
+        check_dataset(dataset, 16, 4)
+    with pytest.raises(DatasetError, match=r"12 training images.*SAMPLES_PER_GRAD_EVAL \(13\)"):
+        check_dataset(dataset, 8, 13)
+
+
+def test_another_dataset_cannot_go_on(tmp_path: Path, make_trainer: MakeTrainer, monkeypatch) -> None:
+    make_trainer(tmp_path / "run").save()
+    monkeypatch.setattr(ImageDataset, "fingerprint", "another")
+    with pytest.raises(DatasetError, match="not the dataset this run was started with"):
+        make_trainer(tmp_path / "run")
