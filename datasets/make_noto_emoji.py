@@ -31,7 +31,7 @@ NEVER_IN = set(range(0x1F1E6, 0x1F200)) | set(range(0x1F3FB, 0x1F400))  # flags,
 NEVER_ALONE = set(range(0x80)) | set(range(0x1F9B0, 0x1F9B4))  # digits, # and * as text; hair parts
 FIRST_PRIVATE = 0xE0000  # tags (regional flags) and private-use duplicates begin here
 FONT_DATE = (2023, 11, 29, 0, 0, 0)  # given to every file, so that the same font gives the same zip
-LOOK_ALIKE_RMS = 22.0  # of 255, at 32 × 32: clock faces fall below it, different smileys do not
+LOOK_ALIKE_RMS = 22.0  # of 255, at 32 × 32: clock faces fall below it, nearly all smileys do not
 
 
 def emoji_bitmaps(font_path: Path) -> dict[Sequence, bytes]:

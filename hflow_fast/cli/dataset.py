@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
 from pathlib import Path
 
 import click
@@ -28,6 +30,8 @@ def dataset(source: Path, out: Path, resolution: int, held_out: float, seed: int
     """
     from ..data import create_dataset
 
+    # A request to end unwinds like Ctrl-C, so that the half-written folder is removed.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     already_there = os.path.lexists(out)
     made = create_dataset(source, out, resolution, held_out=held_out, seed=seed, progress=True)
     skipped = made.manifest.skipped

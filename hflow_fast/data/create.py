@@ -150,8 +150,8 @@ def _write(
     if not 0 < len(held_out) < len(names):
         raise DatasetError(f"{source}: {len(names) - len(held_out)} training and {len(held_out)} held-out images; "
                            f"give at least one of each, not equal to each other. {_summary(skipped)}")
-    manifest = Manifest(recipe=recipe, source=printable(str(source)), sha256=digest.hexdigest(), names=names, held_out=held_out,
-                        skipped=skipped)
+    manifest = Manifest(recipe=recipe, source=printable(str(source)), sha256=digest.hexdigest(), names=names,
+                        held_out=held_out, skipped=skipped)
     with open(folder / "dataset.json", "wb") as file:
         file.write(manifest.model_dump_json(indent=1).encode())
         _sync(file)
