@@ -1,0 +1,13 @@
+"""Flow layers. Each maps data to latent, ``z, log_det = layer(x, context=None)``, and back with ``layer.inverse``.
+
+Log-dets are (B,), of the direction evaluated, in nats.
+"""
+
+from ..ops import CouplingSpec
+from .actnorm import ActNorm
+from .container import FlowStep, Sequential
+from .coupling import AffineCoupling
+from .invconv import InvConv1x1
+from .reshape import Haar, Squeeze
+
+__all__ = ["ActNorm", "AffineCoupling", "CouplingSpec", "FlowStep", "Haar", "InvConv1x1", "Sequential", "Squeeze"]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...nn._cache import ParameterCache
+from ...nn.invconv import skew_exponential
 from ...ops import lu
 
 __all__ = ["FoldedAffines", "StepAffines"]
@@ -110,7 +111,7 @@ class StepAffines(nn.Module):
     def _matrices(self) -> tuple[Tensor, Tensor, Tensor]:
         """The convolutions' matrices (L, C, C), their inverses, and the sum of log|det| (0-dim)."""
         if self.parametrization == "orthogonal":
-            matrices = torch.matrix_exp((self.matrix - self.matrix.mT) * self.gain)
+            matrices = skew_exponential(self.matrix * self.gain)
             return matrices, matrices.mT, matrices.new_zeros(())
         matrices = self.matrix * self.gain
         log_abs_det, inverses = lu(matrices)

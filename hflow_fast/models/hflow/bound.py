@@ -68,5 +68,5 @@ class LikelihoodBound:
 
 def gaussian_log_prob(z: Tensor, std: float) -> Tensor:
     """log N(z; 0, std²) summed over everything but the batch, in nats: (B, …) → (B,)."""
-    dims = z[0].numel()
+    dims = math.prod(z.shape[1:])
     return -0.5 * (z / std).square().flatten(1).sum(dim=1) - dims * (0.5 * math.log(2.0 * math.pi) + math.log(std))

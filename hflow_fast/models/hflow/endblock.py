@@ -69,7 +69,7 @@ class Endblock(nn.Module):
         for index, (flow, part, relative_std) in enumerate(zip(self.flows, parts, self.noise)):
             noisy, entropy = add_noise(part, relative_std, noise)
             z, log_det = flow(noisy, self._context(parts, index))
-            terms[f"endblock.{index}"] = LevelTerms(gaussian_log_prob(z, 1.0), log_det, entropy, part[0].numel(), 1.0)
+            terms[f"endblock.{index}"] = LevelTerms(gaussian_log_prob(z, 1.0), log_det, entropy, part.shape[1], 1.0)
         return terms
 
     def perturb(self, code: Tensor) -> Tensor:

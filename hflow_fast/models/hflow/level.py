@@ -81,7 +81,7 @@ class Level(nn.Module):
         if noise and self.training:
             below = self.decoder.perturb(below)
         z, log_det, features = self.encode(noisy, below, style, skip)
-        dims = target[0].numel()
+        dims = math.prod(target.shape[1:])
         if self.spec.is_finest:
             log_det = log_det + dims * math.log(pixel_scale)
         log_prior = gaussian_log_prob(z, self.spec.prior_std)

@@ -43,5 +43,5 @@ def add_noise(target: Tensor, relative_std: float, sample: bool) -> tuple[Tensor
     """
     target = target.detach()
     std = batch_std(target) * relative_std
-    entropy = gaussian_entropy(std, target[0].numel())
+    entropy = gaussian_entropy(std, math.prod(target.shape[1:]))
     return (target + torch.randn_like(target) * std if sample else target), entropy
