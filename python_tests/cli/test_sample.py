@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from .conftest import hflow_fast
+from .test_train import assert_one_line_error
+
+
+def sample(checkpoint: Path, out: Path, *options: object) -> np.ndarray:
+    result = hflow_fast("sample", checkpoint, "--out", out, "--n", 3, "--device", "cpu", *options)
+    assert result.exit_code == 0, result.output
+    return np.stack([np.asarray(Image.open(out / f"{index:04d}.png")) for index in range(3)])
+
+
+def test_images_and_grid(run: Path, tmp_path: Path) -> None:
+    images = sample(run, tmp_path / "a")
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["0000.png", "0001.png", "0002.png", "grid.png"]
+    grid = np.asarray(Image.open(tmp_path / "a" / "grid.png"))
+    assert grid.shape == (2 * 18 + 2, 2 * 18 + 2, 3)
+    for index, (top, left) in enumerate([(2, 2), (2, 20), (20, 2)]):
+        np.testing.assert_array_equal(grid[top:top + 16, left:left + 16], images[index])
+    assert (grid[20:36, 20:36] == 255).all()
+
+
+def test_the_seed_decides(run: Path, tmp_path: Path) -> None:
+    first = sample(run, tmp_path / "a", "--seed", 5)
+    np.testing.assert_array_equal(first, sample(run / "checkpoints" / "latest.safetensors", tmp_path / "b", "--seed", 5))
+    assert (first != sample(run, tmp_path / "c", "--seed", 6)).any()
+    assert (first != sample(run, tmp_path / "d", "--seed", 5, "--std", 0.1)).any()
+
+
+def test_last_weights_instead_of_their_average(run: Path, tmp_path: Path) -> None:
+    sample(run, tmp_path / "a", "--no-ema")
+
+
+@pytest.mark.parametrize("name", ["nothing", "text.safetensors"])
+def test_bad_checkpoints(name: str, tmp_path: Path) -> None:
+    (tmp_path / "text.safetensors").write_text("not a checkpoint")
+    out = tmp_path / "out"
+    assert_one_line_error(hflow_fast("sample", tmp_path / name, "--out", out), name)
+    assert not out.exists()
+
+
+def test_existing_images_are_kept(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "grid.png").write_bytes(b"mine")
+    assert_one_line_error(hflow_fast("sample", run, "--out", tmp_path), str(tmp_path), "already exists")
+    assert (tmp_path / "grid.png").read_bytes() == b"mine"

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+
+from hflow_fast.configs import load_config
+from hflow_fast.training import read_checkpoint
+
+from .conftest import hflow_fast
+
+
+def assert_one_line_error(result: Result, *words: str) -> None:
+    assert result.exit_code == 2, result.output
+    errors = [line for line in result.output.splitlines() if line.startswith("Error: ")]
+    assert len(errors) == 1 and all(word in errors[0] for word in words), result.output
+    assert "Traceback" not in result.output
+
+
+def saved_step(run: Path) -> int:
+    return read_checkpoint(run, "training").training["step"]
+
+
+def test_a_run_and_its_continuation(data: Path, run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    assert saved_step(copy) == 2
+    again = hflow_fast("train", "--run", copy, "--resume")
+    assert again.exit_code == 0 and "already trained to step 2" in again.output
+    further = hflow_fast("train", "--run", copy, "--resume", "--steps", 3)
+    assert further.exit_code == 0 and "finished at step 3" in further.output
+    assert saved_step(copy) == 3
+    general = json.loads((copy / "config.json").read_text())["GENERAL"]
+    assert general["STEPS"] == 3 and general["EPOCHS"] is None and general["DATASET_PATH"] == str(data)
+
+
+def test_an_existing_run_is_not_touched(data: Path, run: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    result = hflow_fast("train", "--config", "tiny-16", "--data", data, "--run", run, "--steps", 1)
+    assert_one_line_error(result, str(run), "already exists", "--resume")
+    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+
+
+def test_nothing_is_made_when_something_is_wrong(data: Path, tmp_path: Path) -> None:
+    new = tmp_path / "new"
+    start = ("train", "--run", new)
+    wrong = tmp_path / "wrong.json"
+    config = load_config("tiny-16")
+    config["GENERAL"]["BATCH_SIZ"] = 4
+    wrong.write_text(json.dumps(config))
+    torn = tmp_path / "torn.json"
+    torn.write_text('{"GENERAL": ')
+    for arguments, words in (
+        ((), ["--config"]),
+        (("--config", "tiny-16"), ["--data"]),
+        (("--config", "nothing", "--data", data), ["nothing", "presets"]),
+        (("--config", torn, "--data", data), ["torn.json", "JSON"]),
+        (("--config", wrong, "--data", data), ["GENERAL.BATCH_SIZ", "unknown key"]),
+        (("--config", "tiny-16", "--data", tmp_path / "no"), [str(tmp_path / "no"), "no such dataset"]),
+        (("--config", "demo", "--data", data), ["16 px", "32 px", "--resolution 32"]),
+        (("--config", "tiny-16", "--data", data, "--batch-size", 64), ["too few", "(64)"]),
+        (("--config", "tiny-16", "--data", data, "--steps", 0), ["--steps"]),
+        (("--config", "tiny-16", "--data", data, "--device", "tpu9"), ["--device", "tpu9"]),
+        (("--resume",), [str(new), "no run to resume"]),
+        (("--resume", "--seed", 1), ["--seed"]),
+    ):
+        assert_one_line_error(hflow_fast(*start, *arguments), *words)
+        assert not new.exists()
+
+
+def test_a_damaged_checkpoint_is_named_and_kept(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    checkpoint = copy / "checkpoints" / "latest.safetensors"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    result = hflow_fast("train", "--run", copy, "--resume", "--steps", 3)
+    assert_one_line_error(result, str(checkpoint), "damaged")
+    assert checkpoint.stat().st_size == 1000
+
+
+def test_two_processes_cannot_train_in_one_run(run: Path) -> None:
+    from hflow_fast.training import RunDirectory
+
+    with RunDirectory.open(run).lock():
+        assert_one_line_error(hflow_fast("train", "--run", run, "--resume", "--steps", 9), "another process")
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "hflow_fast", "train", "--config", "tiny-16", "--data", str(data), "--run", str(run),
+               "--batch-size", "4", "--hours", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (run / "checkpoints" / "latest.safetensors").exists() and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    match = re.search(r"SIGINT at step (\d+), saved; continue with --resume", output)
+    assert match and int(match[1]) == saved_step(run)
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("train", "--help"), ("sample", "--help")])
+def test_help(arguments: tuple[str, ...]) -> None:
+    result = hflow_fast(*arguments)
+    assert result.exit_code == 0 and "Usage:" in result.output
+
+
+def test_info_lists_versions_and_presets() -> None:
+    result = hflow_fast("info")
+    assert result.exit_code == 0, result.output
+    assert "PyTorch" in result.output and "kernels" in result.output
+    assert re.search(r"A-128 +128 × 128 pixels, 73,775,436 parameters", result.output)
+    assert re.search(r"A-256 +256 × 256 pixels, 77,381,708 parameters", result.output)
