@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+import math
+from typing import TYPE_CHECKING
+
 import torch
 
-__all__ = ["check_channels", "check_flow_variable", "check_like", "compute_dtype"]
+if TYPE_CHECKING:
+    from hflow_fast.ops.coupling import CouplingSpec
+
+__all__ = [
+    "check_channels",
+    "check_coupling",
+    "check_floating",
+    "check_flow_variable",
+    "check_haar",
+    "check_like",
+    "check_matrices",
+    "compute_dtype",
+]
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -47,3 +62,49 @@ def check_like(op: str, x: torch.Tensor, name: str, tensor: torch.Tensor, channe
             f"got {tuple(tensor.shape)}"
         )
     check_channels(op, x, tuple(tensor.shape), **{name: tensor})
+
+
+def check_coupling(op: str, x: torch.Tensor, raw: torch.Tensor, spec: CouplingSpec) -> None:
+    """x, and raw with the channels that ``spec`` asks for."""
+    check_flow_variable(op, x)
+    if spec.spatial and x.dim() not in (3, 4):
+        raise ValueError(
+            f"hflow_fast.{op}: a spatial active set needs x of shape (B, C, L) or (B, C, H, W), got {tuple(x.shape)}"
+        )
+    channels = x.shape[1]
+    allowed = (spec.raw_channels(channels), spec.raw_channels(spec.active_channels(channels)))
+    got = raw.shape[1] if raw.dim() > 1 else 0
+    if got not in allowed:
+        expected = " or ".join(str(number) for number in dict.fromkeys(allowed))
+        raise ValueError(f"hflow_fast.{op}: raw must have {expected} channels, got {tuple(raw.shape)}")
+    check_like(op, x, "raw", raw, got)
+
+
+def check_matrices(op: str, weight: torch.Tensor) -> None:
+    """A square matrix or a batch of them, of a floating dtype."""
+    check_floating(op, weight=weight)
+    if weight.dim() not in (2, 3) or weight.shape[-1] != weight.shape[-2]:
+        raise ValueError(f"hflow_fast.{op}: weight must have shape (C, C) or (N, C, C), got {tuple(weight.shape)}")
+
+
+def check_haar(x: torch.Tensor, levels: int, inverse: bool, order: str = "colour", rebalance: float = 1.0) -> None:
+    """x with sizes that the transform divides, and the options in their ranges."""
+    check_floating("haar", x=x)
+    shape, dimensions = tuple(x.shape), x.dim() - 2
+    if dimensions not in (1, 2, 3):
+        raise ValueError(f"hflow_fast.haar: x must have shape (B, C, L), (B, C, H, W) or (B, C, D, H, W), got {shape}")
+    if not 1 <= levels <= 30 // dimensions:
+        raise ValueError(f"hflow_fast.haar: levels must be from 1 to {30 // dimensions}, got {levels}")
+    if order not in ("colour", "wavelet"):
+        raise ValueError(f"hflow_fast.haar: order must be 'colour' or 'wavelet', got {order!r}")
+    if not 0 < rebalance < math.inf:
+        raise ValueError(f"hflow_fast.haar: rebalance must be above 0 and finite, got {rebalance}")
+    bands, side = 2 ** (levels * dimensions), 2**levels
+    if inverse and shape[1] % bands:
+        raise ValueError(
+            f"hflow_fast.haar: x must have a multiple of {bands} channels for the inverse of {levels} level(s), got {shape}"
+        )
+    if not inverse and any(size % side for size in shape[2:]):
+        raise ValueError(
+            f"hflow_fast.haar: the spatial sizes of x must be multiples of {side} for {levels} level(s), got {shape}"
+        )

@@ -40,39 +40,38 @@ struct Memory {
   static Memory of(const Tensor& tensor) { return {tensor.data_ptr(), tensor.scalar_type()}; }
 };
 
-// `outer` runs of `inner` elements, with the strides of either side (in elements).
+// `outer` runs of `inner` elements: in memory `stride` apart with elements `step` apart, in a buffer dense runs
+// `buffer_stride` apart.
 struct Runs {
-  int64_t outer, inner, stride, inner_stride, buffer_stride;
+  int64_t outer, inner, stride, step, buffer_stride;
 };
 
 namespace detail {
 
-template <class T, class S>
-struct Gather {
-  HFLOW_LEAF void run(const S* in, T* out, Runs r) {
-    if (r.inner_stride == 1) {
-      for (int64_t o = 0; o < r.outer; ++o)
-        for (int64_t i = 0; i < r.inner; ++i) out[o * r.buffer_stride + i] = static_cast<T>(in[o * r.stride + i]);
-    } else {
-      for (int64_t o = 0; o < r.outer; ++o)
-        for (int64_t i = 0; i < r.inner; ++i)
-          out[o * r.buffer_stride + i] = static_cast<T>(in[o * r.stride + i * r.inner_stride]);
+// to[o·to_stride + i·to_step] = from[o·from_stride + i·from_step], converted. The longer loop runs inside: short runs
+// (the channels of a pixel) would not fill a vector, nor pay for a loop.
+template <class To, class From>
+struct Convert {
+  HFLOW_LEAF void run(const From* from, To* to, int64_t outer, int64_t inner, int64_t from_stride, int64_t from_step,
+                      int64_t to_stride, int64_t to_step) {
+    if (inner < outer && inner < 16) {
+      swap(outer, inner), swap(from_stride, from_step), swap(to_stride, to_step);
+    }
+    for (int64_t o = 0; o < outer; ++o, from += from_stride, to += to_stride) {
+      if (from_step == 1 && to_step == 1) {
+#pragma GCC ivdep
+        for (int64_t i = 0; i < inner; ++i) to[i] = static_cast<To>(from[i]);
+      } else {
+#pragma GCC ivdep
+        for (int64_t i = 0; i < inner; ++i) to[i * to_step] = static_cast<To>(from[i * from_step]);
+      }
     }
   }
-};
 
-template <class T, class S>
-struct Scatter {
-  HFLOW_LEAF void run(const T* in, S* out, Runs r) {
-    if (r.inner_stride == 1) {
-      for (int64_t o = 0; o < r.outer; ++o)
-        for (int64_t i = 0; i < r.inner; ++i)
-          out[o * r.stride + i] = static_cast<S>(static_cast<T>(in[o * r.buffer_stride + i]));
-    } else {
-      for (int64_t o = 0; o < r.outer; ++o)
-        for (int64_t i = 0; i < r.inner; ++i)
-          out[o * r.stride + i * r.inner_stride] = static_cast<S>(in[o * r.buffer_stride + i]);
-    }
+ private:
+  HFLOW_LEAF void swap(int64_t& a, int64_t& b) {
+    const int64_t c = a;
+    a = b, b = c;
   }
 };
 
@@ -98,7 +97,8 @@ template <class T>
 inline void gather(Memory from, int64_t offset, T* buffer, Runs runs) {
   visit_type(from.type, [&](auto s) {
     using S = decltype(s);
-    run_leaf<detail::Gather<T, S>>(static_cast<const S*>(from.data) + offset, buffer, runs);
+    run_leaf<detail::Convert<T, S>>(static_cast<const S*>(from.data) + offset, buffer, runs.outer, runs.inner, runs.stride,
+                                    runs.step, runs.buffer_stride, int64_t{1});
   });
 }
 
@@ -106,7 +106,8 @@ template <class T>
 inline void scatter(const T* buffer, Memory to, int64_t offset, Runs runs) {
   visit_type(to.type, [&](auto s) {
     using S = decltype(s);
-    run_leaf<detail::Scatter<T, S>>(buffer, static_cast<S*>(to.data) + offset, runs);
+    run_leaf<detail::Convert<S, T>>(buffer, static_cast<S*>(to.data) + offset, runs.outer, runs.inner, runs.buffer_stride,
+                                    int64_t{1}, runs.stride, runs.step);
   });
 }
 
@@ -115,6 +116,14 @@ template <class T>
 inline const T* load(Memory from, int64_t offset, int64_t n, T* buffer) {
   if (from.type == scalar_type_of<T>) return static_cast<const T*>(from.data) + offset;
   gather(from, offset, buffer, {1, n, 0, 1, 0});
+  return buffer;
+}
+
+// The same for elements `step` apart.
+template <class T>
+inline const T* load_step(Memory from, int64_t offset, int64_t n, int64_t step, T* buffer) {
+  if (step == 1) return load(from, offset, n, buffer);
+  gather(from, offset, buffer, {1, n, 0, step, 0});
   return buffer;
 }
 

@@ -19,13 +19,13 @@ inline ScalarType compute_type(ScalarType type) {
   return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-inline std::vector<int64_t> strides_of(const Tensor& tensor, MemoryFormat format) {
-  const int64_t dim = tensor.dim();
+inline std::vector<int64_t> strides_of(torch::headeronly::IntHeaderOnlyArrayRef sizes, MemoryFormat format) {
+  const int64_t dim = static_cast<int64_t>(sizes.size());
   std::vector<int64_t> strides(dim);
   int64_t stride = 1;
   const auto place = [&](int64_t d) {
     strides[d] = stride;
-    stride *= std::max<int64_t>(tensor.size(d), 1);
+    stride *= std::max<int64_t>(sizes[d], 1);
   };
   if (format == MemoryFormat::ChannelsLast) {
     for (int64_t d : {1, 3, 2, 0}) place(d);
@@ -38,7 +38,7 @@ inline std::vector<int64_t> strides_of(const Tensor& tensor, MemoryFormat format
 inline bool has_format(const Tensor& tensor, MemoryFormat format) {
   if (format == MemoryFormat::Contiguous) return tensor.is_contiguous();
   if (tensor.dim() != 4) return false;
-  const std::vector<int64_t> expected = strides_of(tensor, format);
+  const std::vector<int64_t> expected = strides_of(tensor.sizes(), format);
   for (int64_t d = 0; d < 4; ++d) {
     if (tensor.size(d) != 1 && tensor.stride(d) != expected[d]) return false;
   }
@@ -67,10 +67,13 @@ inline Tensor empty_strided(const Tensor& like, int64_t dim, const int64_t* size
 }
 }  // namespace detail
 
-// Uninitialised, with the shape, dtype and device of `like`, dense in `format`.
-inline Tensor empty_in(const Tensor& like, MemoryFormat format) {
-  return detail::empty_strided(like, like.dim(), like.sizes().data(), strides_of(like, format).data(), like.scalar_type());
+// Uninitialised, with the dtype and device of `like`, dense in `format`.
+inline Tensor empty_in(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, MemoryFormat format) {
+  return detail::empty_strided(like, like.dim(), sizes.data(), strides_of(sizes, format).data(), like.scalar_type());
 }
+
+// The same, with the shape of `like`.
+inline Tensor empty_in(const Tensor& like, MemoryFormat format) { return empty_in(like, like.sizes(), format); }
 
 // Uninitialised and contiguous, on the device of `like`.
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {

@@ -142,7 +142,7 @@ HFLOW_HD T log(T x) {
   const T z = f * f;
   const T tail = z * polynomial<1, R::log_degree>(z, InverseOdd{});
   // 2f = d − f·d exactly: keeping d outside preserves the last bits for m near 1.
-  const T n = static_cast<T>(e);
+  const T n = bits<T>(bits<Int>(R::round_magic) + e) - R::round_magic;  // AVX2 cannot convert 64-bit integers
   T value = n * R::ln2_hi + (d - (f * d - (T(2) * f * tail + n * R::ln2_lo)));
   const T tiny = bits<T>(Int(1) << R::mantissa);
   value = x < tiny ? (x < T(0) ? bits<T>(static_cast<Int>(Int(-1) << (R::mantissa - 1))) : -T(INFINITY)) : value;
@@ -175,6 +175,13 @@ HFLOW_HD T tanh(T x) {
   const T t = em / (em + T(2));
   return x < T(0) ? t : -t;
 #endif
+}
+
+// 1 − tanh² x, without cancellation.
+template <class T>
+HFLOW_HD T tanh_derivative(T x) {
+  const T e = exp(T(-2) * abs(x)), q = T(1) + e;
+  return T(4) * e / (q * q);
 }
 
 template <class T>

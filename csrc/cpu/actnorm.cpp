@@ -47,6 +47,7 @@ struct ChannelAffine {
 template <class T>
 struct RowForward {
   HFLOW_LEAF void run(const T* x, T* y, int64_t n, T scale, T center, T shift) {
+#pragma GCC ivdep
     for (int64_t i = 0; i < n; ++i) y[i] = (x[i] - center) * scale + shift;
   }
 };
@@ -54,6 +55,7 @@ struct RowForward {
 template <class T>
 struct PatternForward {
   HFLOW_LEAF void run(const T* x, T* y, int64_t n, const T* scale, const T* center, const T* shift) {
+#pragma GCC ivdep
     for (int64_t i = 0; i < n; ++i) y[i] = (x[i] - center[i]) * scale[i] + shift[i];
   }
 };
@@ -62,6 +64,7 @@ struct PatternForward {
 template <class T>
 struct RowBackward {
   HFLOW_LEAF void run(const T* x, const T* grad_y, T* grad_x, T* product, int64_t n, T scale, T center) {
+#pragma GCC ivdep
     for (int64_t i = 0; i < n; ++i) {
       product[i] = grad_y[i] * (x[i] - center);
       grad_x[i] = grad_y[i] * scale;
@@ -73,6 +76,7 @@ template <class T>
 struct PatternBackward {
   HFLOW_LEAF void run(const T* x, const T* grad_y, T* grad_x, T* grad_sum, T* product_sum, int64_t n, const T* scale,
                       const T* center) {
+#pragma GCC ivdep
     for (int64_t i = 0; i < n; ++i) {
       grad_sum[i] += grad_y[i];
       product_sum[i] += grad_y[i] * (x[i] - center[i]);

@@ -6,5 +6,9 @@ Each runs a compiled kernel where there is one for the tensor's device and :mod:
 from __future__ import annotations
 
 from hflow_fast.ops.actnorm import actnorm
+from hflow_fast.ops.conv1x1 import conv1x1
+from hflow_fast.ops.coupling import CouplingSpec, active_mask, coupling
+from hflow_fast.ops.haar import haar
+from hflow_fast.ops.lu import lu
 
-__all__ = ["actnorm"]
+__all__ = ["CouplingSpec", "active_mask", "actnorm", "conv1x1", "coupling", "haar", "lu"]

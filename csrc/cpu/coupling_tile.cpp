@@ -1,0 +1,270 @@
+#include "cpu/coupling_tile.h"
+
+#include <algorithm>
+
+#include "common/check.h"
+
+namespace hflow {
+
+CouplingOptions::CouplingOptions(const char* op, int64_t map, double clamp, double shift_clamp, int64_t layout, int64_t form,
+                                 int64_t active, int64_t block, int64_t parity, bool inverse)
+    : map(static_cast<ScaleMap>(map)),
+      clamp(clamp),
+      shift_clamp(shift_clamp),
+      layout(static_cast<Layout>(layout)),
+      form(static_cast<Form>(form)),
+      active(static_cast<ActiveSet>(active)),
+      block(block),
+      parity(parity),
+      inverse(inverse) {
+  if (map < 0 || map >= kScaleMaps) fail(op, "scale_map must be 0 to ", kScaleMaps - 1, ", got ", map);
+  if (!(clamp > 0)) fail(op, "clamp must be positive, got ", clamp);
+  if (!(shift_clamp > 0)) fail(op, "shift_clamp must be positive, got ", shift_clamp);
+  if (layout < 0 || layout > 3) fail(op, "layout must be 0 to 3, got ", layout);
+  if (form < 0 || form > 2) fail(op, "form must be 0 to 2, got ", form);
+  if (active < 0 || active > 5) fail(op, "active must be 0 to 5, got ", active);
+  if (block != 1 && block != 2 && block != 4 && block != 8) fail(op, "block must be 1, 2, 4 or 8, got ", block);
+  if (parity != 0 && parity != 1) fail(op, "parity must be 0 or 1, got ", parity);
+}
+
+CouplingPlan::CouplingPlan(const char* op, const Tensor& x, const Tensor& raw, const CouplingOptions& options, MemoryFormat format)
+    : map(options.map), set(options.active), parity(options.parity) {
+  check_flow_variable(op, "x", x);
+  check_floating(op, "raw", raw);
+  if (spatial() && (x.dim() < 3 || x.dim() > 4)) {
+    fail(op, "a spatial active set needs x of shape (B, C, L) or (B, C, H, W), got ", shape_of(x));
+  }
+  const int64_t channels = x.size(1), pixels = pixels_of(x);
+  const int64_t passive = set == ActiveSet::channels ? channels / 2 : set == ActiveSet::channels_ceil ? (channels + 1) / 2 : 0;
+  const int64_t values = map == ScaleMap::none ? 1 : 2;  // raw values per active element
+  const int64_t raw_channels = raw.dim() > 1 ? raw.size(1) : 0;
+  const bool compact = raw_channels != values * channels;
+  if (compact && raw_channels != values * (channels - passive)) {
+    if (passive > 0) {
+      fail(op, "raw must have ", values * channels, " or ", values * (channels - passive), " channels, got ", shape_of(raw));
+    }
+    fail(op, "raw must have ", values * channels, " channels, got ", shape_of(raw));
+  }
+  check_like(op, "raw", raw, x, raw_channels);
+
+  const bool channels_last = format == MemoryFormat::ChannelsLast;
+  const bool interleaved = options.layout == Layout::interleaved || options.layout == Layout::interleaved_shift_first;
+  const int64_t inner = channels_last ? 1 : pixels;  // consecutive elements of one channel
+  const int64_t skipped = compact ? 0 : passive * inner;  // raw's elements that belong to passive channels, per value
+  samples = x.size(0), sample = channels * pixels;
+  period = channels * inner, lead = passive * inner, active = (channels - passive) * inner;
+  raw_period = raw_channels * inner;
+  raw_step = 1, segment = active;
+  if (values == 1) {
+    scale_at = shift_at = skipped;
+  } else if (!interleaved) {
+    scale_at = skipped, shift_at = raw_period / 2 + skipped;
+  } else if (inner == 1) {  // scale and shift alternate: one run of step 2
+    raw_step = 2, scale_at = 2 * skipped, shift_at = scale_at + 1;
+  } else {
+    segment = inner, scale_at = 2 * skipped, shift_at = scale_at + inner;
+  }
+  if (values == 2 && (options.layout == Layout::halves_shift_first || options.layout == Layout::interleaved_shift_first)) {
+    std::swap(scale_at, shift_at);
+  }
+  block_shift = options.block == 8 ? 3 : options.block == 4 ? 2 : options.block == 2 ? 1 : 0;
+  width = x.dim() > 2 ? x.size(x.dim() - 1) : 1;
+  height = x.dim() > 3 ? x.size(x.dim() - 2) : 1;
+  channel_stride = channels_last ? channels : 1;
+}
+
+namespace {
+
+template <class Map, bool ShiftBefore, class T>
+struct Forward {
+  HFLOW_LEAF void run(const T* x, const T* s, const T* t, const T* mask, T* y, T* log_scale, int64_t n, CouplingParameters<T> p) {
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; ++i) {
+      T value, log_value;
+      couple<Map, ShiftBefore>(x[i], s[i], t[i], p, value, log_value);
+      const bool active = mask[i] != T(0);
+      y[i] = active ? value : x[i];
+      log_scale[i] = active ? log_value : T(0);
+    }
+  }
+};
+
+template <class Map, bool ShiftBefore, class T>
+struct Backward {
+  HFLOW_LEAF void run(const T* x, const T* s, const T* t, const T* mask, const T* grad_y, const T* grad_log_det, T* grad_x,
+                      T* grad_s, T* grad_t, int64_t n, CouplingParameters<T> p) {
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; ++i) {
+      T gx, gs, gt;
+      couple_backward<Map, ShiftBefore>(x[i], s[i], t[i], grad_y[i], grad_log_det[i], p, gx, gs, gt);
+      const bool active = mask[i] != T(0);
+      grad_x[i] = active ? gx : grad_y[i];
+      grad_s[i] = active ? gs : T(0);
+      grad_t[i] = active ? gt : T(0);
+    }
+  }
+};
+
+// Leaf<Map, ShiftBefore, T>::run(args...) for the map and order at hand.
+template <template <class, bool, class> class Leaf, class T, class... Args>
+void run_coupling(ScaleMap scale_map, bool shift_before, Args... args) {
+  visit_scale_map(scale_map, [&](auto map) {
+    using Map = decltype(map);
+    shift_before ? run_leaf<Leaf<Map, true, T>>(args...) : run_leaf<Leaf<Map, false, T>>(args...);
+  });
+}
+
+}  // namespace
+
+// 1 where active, from the index. f(j) is the column's part of the pattern; the row's part is added to it.
+template <class T>
+template <class F>
+void CouplingTile<T>::fill_spatial_mask(int64_t begin, int64_t n, T* mask, const F& f) const {
+  const CouplingPlan& p = plan_;
+  const int64_t pixel = begin / p.channel_stride % (p.height * p.width);
+  int64_t i = pixel / p.width, j = pixel % p.width, left = p.channel_stride - begin % p.channel_stride;
+  for (int64_t e = 0; e < n; j = 0, i = i + 1 == p.height ? 0 : i + 1) {
+    const int64_t row = p.set == ActiveSet::checkerboard ? i >> p.block_shift : p.set == ActiveSet::rows ? i >= p.height / 2 : 0;
+    const auto value = [&](int64_t column) { return ((row + f(column)) & 1) == p.parity ? T(1) : T(0); };
+    if (p.channel_stride == 1) {
+      const int64_t length = std::min(n - e, p.width - j);
+      for (int64_t k = 0; k < length; ++k) mask[e + k] = value(j + k);
+      e += length;
+    } else {
+      for (; j < p.width && e < n; ++j, left = p.channel_stride) {
+        const int64_t stop = std::min(n, e + left);
+        for (const T v = value(j); e < stop; ++e) mask[e] = v;
+      }
+    }
+  }
+}
+
+template <class T>
+void CouplingTile<T>::fill_mask(int64_t begin, int64_t n, T* mask) const {
+  const CouplingPlan& p = plan_;
+  switch (p.set) {
+    case ActiveSet::checkerboard:
+      return fill_spatial_mask(begin, n, mask, [shift = p.block_shift](int64_t j) { return j >> shift; });
+    case ActiveSet::columns:
+      return fill_spatial_mask(begin, n, mask, [half = p.width / 2](int64_t j) { return int64_t(j >= half); });
+    case ActiveSet::rows:
+      return fill_spatial_mask(begin, n, mask, [](int64_t) { return int64_t(0); });
+    default:
+      std::fill_n(mask, n, T(1));
+  }
+}
+
+// f(raw offset relative to *_at, tile offset, runs) for the raw values of whole periods.
+template <class T>
+template <class F>
+void CouplingTile<T>::for_raw_runs(int64_t begin, int64_t n, const F& f) const {
+  const CouplingPlan& p = plan_;
+  const int64_t first = begin / p.period, count = n / p.period;
+  if (p.segment == p.active) {
+    f(first * p.raw_period, p.lead, Runs{count, p.active, p.raw_period, p.raw_step, p.period});
+    return;
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    f((first + i) * p.raw_period, i * p.period + p.lead, Runs{p.active / p.segment, p.segment, 2 * p.segment, 1, p.segment});
+  }
+}
+
+template <class T>
+void CouplingTile<T>::gather_raw(int64_t begin, int64_t n, T* scale, T* shift) const {
+  for_raw_runs(begin, n, [&](int64_t from, int64_t to, Runs runs) {
+    if (plan_.map != ScaleMap::none) gather(raw_, from + plan_.scale_at, scale + to, runs);
+    gather(raw_, from + plan_.shift_at, shift + to, runs);
+  });
+}
+
+template <class T>
+void CouplingTile<T>::scatter_raw(int64_t begin, int64_t n, const T* scale, const T* shift, Memory grad_raw) const {
+  for_raw_runs(begin, n, [&](int64_t to, int64_t from, Runs runs) {
+    if (plan_.map != ScaleMap::none) scatter(scale + from, grad_raw, to + plan_.scale_at, runs);
+    scatter(shift + from, grad_raw, to + plan_.shift_at, runs);
+  });
+}
+
+// f(offset in the range, length, raw offset relative to *_at, or −1 where passive) for the pieces of a range.
+template <class T>
+template <class F>
+void CouplingTile<T>::for_segments(int64_t begin, int64_t n, const F& f) const {
+  const CouplingPlan& p = plan_;
+  for (int64_t e = 0; e < n;) {
+    const int64_t i = (begin + e) / p.period, within = (begin + e) % p.period, j = within - p.lead;
+    if (j < 0) {
+      const int64_t length = std::min(n - e, p.lead - within);
+      f(e, length, -1);
+      e += length;
+    } else {
+      const int64_t k = j % p.segment, length = std::min(n - e, p.segment - k);
+      f(e, length, i * p.raw_period + 2 * (j - k) + k * p.raw_step);
+      e += length;
+    }
+  }
+}
+
+template <class T>
+void CouplingTile<T>::forward(int64_t begin, int64_t n, T* y, T* log_scale) const {
+  alignas(64) T x_buffer[kCouplingTile], s_buffer[kCouplingTile] = {}, t_buffer[kCouplingTile] = {}, mask[kCouplingTile];
+  const T* x = load(x_, begin, n, x_buffer);
+  fill_mask(begin, n, mask);
+  const auto run = [&](int64_t e, int64_t length, const T* s, const T* t) {
+    run_coupling<Forward, T>(plan_.map, shift_before_, x + e, s, t, static_cast<const T*>(mask) + e, y + e, log_scale + e, length, parameters_);
+  };
+  if (gathers() && begin % plan_.period == 0 && n % plan_.period == 0) {
+    gather_raw(begin, n, s_buffer, t_buffer);
+    for (int64_t e = 0; plan_.lead > 0 && e < n; e += plan_.period) std::fill_n(mask + e, plan_.lead, T(0));
+    run(0, n, s_buffer, t_buffer);
+    return;
+  }
+  for_segments(begin, n, [&](int64_t e, int64_t length, int64_t raw) {
+    if (raw < 0) {
+      std::copy_n(x + e, length, y + e);
+      std::fill_n(log_scale + e, length, T(0));
+    } else {
+      const T* t = load_step(raw_, plan_.shift_at + raw, length, plan_.raw_step, t_buffer);
+      const T* s = plan_.map == ScaleMap::none ? t : load_step(raw_, plan_.scale_at + raw, length, plan_.raw_step, s_buffer);
+      run(e, length, s, t);
+    }
+  });
+}
+
+template <class T>
+void CouplingTile<T>::backward(int64_t begin, int64_t n, const T* grad_y, const T* grad_log_det, T* grad_x, Memory grad_raw) const {
+  alignas(64) T x_buffer[kCouplingTile], s_buffer[kCouplingTile] = {}, t_buffer[kCouplingTile] = {}, mask[kCouplingTile];
+  alignas(64) T grad_s[kCouplingTile], grad_t[kCouplingTile];
+  const T* x = load(x_, begin, n, x_buffer);
+  fill_mask(begin, n, mask);
+  const auto run = [&](int64_t e, int64_t length, const T* s, const T* t, T* gs, T* gt) {
+    run_coupling<Backward, T>(plan_.map, shift_before_, x + e, s, t, static_cast<const T*>(mask) + e, grad_y + e, grad_log_det + e,
+                              grad_x + e, gs, gt, length, parameters_);
+  };
+  if (gathers() && begin % plan_.period == 0 && n % plan_.period == 0) {
+    gather_raw(begin, n, s_buffer, t_buffer);
+    for (int64_t e = 0; plan_.lead > 0 && e < n; e += plan_.period) std::fill_n(mask + e, plan_.lead, T(0));
+    run(0, n, s_buffer, t_buffer, grad_s, grad_t);
+    scatter_raw(begin, n, grad_s, grad_t, grad_raw);
+    return;
+  }
+  for_segments(begin, n, [&](int64_t e, int64_t length, int64_t raw) {
+    if (raw < 0) {
+      std::copy_n(grad_y + e, length, grad_x + e);
+      return;
+    }
+    const bool scales = plan_.map != ScaleMap::none, dense = plan_.raw_step == 1;
+    const T* t = load_step(raw_, plan_.shift_at + raw, length, plan_.raw_step, t_buffer);
+    const T* s = scales ? load_step(raw_, plan_.scale_at + raw, length, plan_.raw_step, s_buffer) : t;
+    T* gs = scales && dense ? target(grad_raw, plan_.scale_at + raw, grad_s) : grad_s;
+    T* gt = dense ? target(grad_raw, plan_.shift_at + raw, grad_t) : grad_t;
+    run(e, length, s, t, gs, gt);
+    const Runs runs{1, length, 0, plan_.raw_step, 0};
+    if (scales && gs == grad_s) scatter(grad_s, grad_raw, plan_.scale_at + raw, runs);
+    if (gt == grad_t) scatter(grad_t, grad_raw, plan_.shift_at + raw, runs);
+  });
+}
+
+template class CouplingTile<float>;
+template class CouplingTile<double>;
+
+}  // namespace hflow
