@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -121,7 +122,10 @@ def command(*arguments: object) -> None:
     """Shows and runs ``hflow-fast`` with these arguments; ends the demo where it fails."""
     words = list(map(str, arguments))
     print("$ hflow-fast", *words, flush=True)
+    # Ctrl-C reaches the command too, which saves; here it only has to be waited for.
+    previous = signal.signal(signal.SIGINT, lambda *_: None)
     code = subprocess.run([sys.executable, "-m", "hflow_fast", *words]).returncode
+    signal.signal(signal.SIGINT, previous)
     if code:
         sys.exit(code)
 

@@ -62,11 +62,14 @@ def train(
     if general.dataset_path is None:
         raise click.UsageError("give the dataset with --data.")
 
+    if general.num_gpus > 1:
+        click.echo(f"NUM_GPUS is {general.num_gpus}, but training uses one device.", err=True)
+
     # All that can be wrong is found out before the run's folder is made.
     dataset = ImageDataset.open(general.dataset_path)
     torch.manual_seed(general.seed)
     model = HFlow.from_config(settings)
-    check_dataset(dataset, model.resolution, general.samples_per_grad_eval)
+    check_dataset(dataset, model.resolution, general)
     if not resume:
         run = RunDirectory.create(directory, settings)
     with run.lock():

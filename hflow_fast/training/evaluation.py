@@ -29,7 +29,8 @@ def held_out_bits_per_dim(
     """The bound on the negative log-likelihood of images, in bits per dimension.
 
     Images are dequantised with uniform noise only: with any other noise it would not bound the likelihood of 8-bit
-    images. All noise starts from the same seed at every call, so that differences are the model's.
+    images. All noise starts from the same seed at every call, so that differences are the model's; the global random
+    state is left changed.
 
     Args:
         model: with ``bound``, as :class:`hflow_fast.models.HFlow`.

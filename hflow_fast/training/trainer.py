@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..data import Batches, ImageDataset, dequantize
-from ..errors import CheckpointError, DatasetError
+from ..errors import CheckpointError, ConfigError, DatasetError
 from .checkpoint import load_weights, read_checkpoint, save_checkpoint
-from .config import TrainConfig
+from .config import GeneralConfig, TrainConfig
 from .ema import update_average
 from .optimizer import build_optimizer, clip_and_step, set_epoch
 from .run import RunDirectory
@@ -54,7 +54,7 @@ class Trainer:
     ) -> None:
         self.config = TrainConfig.from_config(config)
         general = self.config.general
-        check_dataset(dataset, model.resolution, general.samples_per_grad_eval)
+        check_dataset(dataset, model.resolution, general)
         self.model = model.to(device)
         self.average = copy.deepcopy(self.model).requires_grad_(False).eval()
         self.dataset = dataset
@@ -145,18 +145,22 @@ class Trainer:
                           noise_std=general.added_noise_std, flip=general.horizontal_flips)
 
 
-def check_dataset(dataset: ImageDataset, resolution: int, images_per_step: int) -> None:
+def check_dataset(dataset: ImageDataset, resolution: int, config: GeneralConfig) -> None:
     """Whether a model of this resolution can be trained on the dataset.
 
     Raises:
+        ConfigError: the configuration's own RESIZE_DATA_TO is not the model's resolution.
         DatasetError: it is of another resolution, has too few images for one step, or none to evaluate on.
     """
+    if config.resize_data_to not in (None, resolution):
+        raise ConfigError(f"GENERAL.RESIZE_DATA_TO is {config.resize_data_to}, but the model's RESOLUTIONS begin with "
+                          f"{resolution}; make them equal.")
     if dataset.resolution != resolution:
         raise DatasetError(f"{dataset.path}: its images are {dataset.resolution} px, the model's {resolution} px; "
                            f"make a dataset with hflow-fast dataset … --resolution {resolution}.")
     if not len(dataset.held_out):
         raise DatasetError(f"{dataset.path}: no held-out images, so the model could not be judged; "
                            "make the dataset again with --held-out.")
-    if len(dataset.train) < images_per_step:
+    if len(dataset.train) < config.samples_per_grad_eval:
         raise DatasetError(f"{dataset.path}: {len(dataset.train)} training images are too few for one step; "
-                           f"add images or lower SAMPLES_PER_GRAD_EVAL ({images_per_step}).")
+                           f"add images or lower SAMPLES_PER_GRAD_EVAL ({config.samples_per_grad_eval}).")

@@ -43,3 +43,8 @@ def make_trainer(dataset: ImageDataset) -> Callable[..., Trainer]:
         return Trainer(model, dataset, run, config)
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)

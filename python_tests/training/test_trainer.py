@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from hflow_fast.data import ImageDataset
-from hflow_fast.errors import DatasetError
-from hflow_fast.training import Trainer
+from hflow_fast.errors import ConfigError, DatasetError
+from hflow_fast.training import TrainConfig, Trainer
 from hflow_fast.training.trainer import check_dataset
+
+from .tiny import tiny_config
 
 MakeTrainer = Callable[..., Trainer]
 
@@ -75,10 +77,16 @@ def test_initialization_happens_once_and_reaches_the_average(tmp_path: Path, mak
 
 
 def test_datasets_that_do_not_fit(dataset: ImageDataset) -> None:
+    def check(resolution: int, **general: int) -> None:
+        check_dataset(dataset, resolution, TrainConfig.from_config(tiny_config(**general)).general)
+
+    check(8, SAMPLES_PER_GRAD_EVAL=12, RESIZE_DATA_TO=8)
     with pytest.raises(DatasetError, match="8 px, the model's 16 px.*--resolution 16"):
-        check_dataset(dataset, 16, 4)
-    with pytest.raises(DatasetError, match=r"12 training images.*SAMPLES_PER_GRAD_EVAL \(13\)"):
-        check_dataset(dataset, 8, 13)
+        check(16)
+    with pytest.raises(DatasetError, match=r"12 training images.*SAMPLES_PER_GRAD_EVAL \(14\)"):
+        check(8, SAMPLES_PER_GRAD_EVAL=14)
+    with pytest.raises(ConfigError, match="RESIZE_DATA_TO is 32.*begin with 8"):
+        check(8, RESIZE_DATA_TO=32)
 
 
 def test_another_dataset_cannot_go_on(tmp_path: Path, make_trainer: MakeTrainer, monkeypatch) -> None:
