@@ -12,15 +12,14 @@
 STABLE_TORCH_LIBRARY(hflow_fast, m) {
   m.def("actnorm_fwd(Tensor x, Tensor log_scale, Tensor bias, bool inverse) -> (Tensor y, Tensor log_det)");
   m.def("actnorm_bwd(Tensor x, Tensor log_scale, Tensor bias, Tensor grad_y, Tensor grad_log_det, bool inverse) -> (Tensor grad_x, Tensor grad_log_scale, Tensor grad_bias)");
-  m.def("conv1x1_fwd(Tensor x, Tensor weight, Tensor? bias) -> Tensor y");
-  m.def("conv1x1_bwd(Tensor x, Tensor weight, Tensor grad_y) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
+  m.def("conv1x1_fwd(Tensor x, Tensor weight, Tensor bias) -> Tensor y");
+  m.def("conv1x1_bwd(Tensor x, Tensor weight, Tensor bias, Tensor grad_y) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
   m.def("lu_fwd(Tensor weight) -> (Tensor log_abs_det, Tensor inverse)");
-  m.def("lu_bwd(Tensor inverse, Tensor grad_log_abs_det, Tensor grad_inverse) -> Tensor grad_weight");
   m.def("coupling_fwd(Tensor x, Tensor raw, int scale_map, float clamp, float shift_clamp, int layout, int form, int active, int block, int parity, bool inverse) -> (Tensor y, Tensor log_det)");
   m.def("coupling_bwd(Tensor x, Tensor raw, Tensor grad_y, Tensor grad_log_det, int scale_map, float clamp, float shift_clamp, int layout, int form, int active, int block, int parity, bool inverse) -> (Tensor grad_x, Tensor grad_raw)");
   m.def("flow_step_fwd(Tensor x, Tensor raw, Tensor weight, Tensor bias, int scale_map, float clamp, float shift_clamp, int layout, int form, int active, int block, int parity, bool inverse) -> (Tensor y, Tensor log_det)");
-  m.def("flow_step_bwd(Tensor x, Tensor raw, Tensor weight, Tensor grad_y, Tensor grad_log_det, int scale_map, float clamp, float shift_clamp, int layout, int form, int active, int block, int parity, bool inverse) -> (Tensor grad_x, Tensor grad_raw, Tensor grad_weight, Tensor grad_bias)");
-  m.def("haar_fwd(Tensor x, int levels, int order, float rebalance, bool inverse) -> (Tensor y, Tensor log_det)");
+  m.def("flow_step_bwd(Tensor x, Tensor raw, Tensor weight, Tensor bias, Tensor grad_y, Tensor grad_log_det, int scale_map, float clamp, float shift_clamp, int layout, int form, int active, int block, int parity, bool inverse) -> (Tensor grad_x, Tensor grad_raw, Tensor grad_weight, Tensor grad_bias)");
+  m.def("haar_fwd(Tensor x, int levels, bool by_colour, float gain, float average_gain, bool inverse) -> Tensor y");
 }
 
 PYBIND11_MODULE(_C, module) {
