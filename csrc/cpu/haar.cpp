@@ -1,0 +1,169 @@
+// haar on the CPU: the orthonormal Haar transform of every 2^levels block of pixels, forward and inverse.
+//
+// Threads: rows of blocks of one channel. Bytes: one read and one write of x for any number of levels. Splitting all bands
+// at every level makes the transform of a block a Walsh–Hadamard transform of its n = 2^(levels·dims) pixels: slot k of
+// the n is a position before it and a band after it, so it runs in place on n rows of neighbouring blocks.
+#include <torch/csrc/stable/library.h>
+
+#include <cmath>
+#include <memory>
+#include <vector>
+
+#include "common/check.h"
+#include "common/parallel.h"
+#include "common/rows.h"
+#include "common/tensor.h"
+
+namespace hflow {
+namespace {
+
+constexpr int64_t kTileElements = 4096;  // n rows of blocks: a tile stays in L1
+
+// In-place Walsh–Hadamard transform across n rows (a power of two); rows are scaled after it, or before it if `inverse`.
+template <class T>
+struct WalshHadamard {
+  HFLOW_LEAF void scale(T* rows, int64_t n, int64_t stride, int64_t length, const T* gains) {
+    for (int64_t k = 0; k < n; ++k)
+      for (int64_t i = 0; i < length; ++i) rows[k * stride + i] *= gains[k];
+  }
+
+  HFLOW_LEAF void butterfly(T* __restrict a, T* __restrict b, int64_t length) {
+    for (int64_t i = 0; i < length; ++i) {
+      const T sum = a[i] + b[i], difference = a[i] - b[i];
+      a[i] = sum;
+      b[i] = difference;
+    }
+  }
+
+  HFLOW_LEAF void run(T* rows, int64_t n, int64_t stride, int64_t length, const T* gains, bool inverse) {
+    if (inverse) scale(rows, n, stride, length, gains);
+    for (int64_t half = 1; half < n; half *= 2)
+      for (int64_t k = 0; k < n; k += 2 * half)
+        for (int64_t j = k; j < k + half; ++j) butterfly(rows + j * stride, rows + (j + half) * stride, length);
+    if (!inverse) scale(rows, n, stride, length, gains);
+  }
+};
+
+// One of the two tensors: strides in elements, all but `slot` in units of blocks.
+struct Side {
+  Memory memory;
+  int64_t sample, colour;
+  std::vector<int64_t> axes;
+  std::vector<int64_t> slot;  // where pixel or band k of a block lies
+
+  int64_t at(int64_t sample_index, int64_t colour_index, int64_t row, const std::vector<int64_t>& blocks) const {
+    int64_t offset = sample_index * sample + colour_index * colour;
+    for (int64_t axis = static_cast<int64_t>(axes.size()) - 2; axis >= 0; --axis) {
+      offset += row % blocks[axis] * axes[axis];
+      row /= blocks[axis];
+    }
+    return offset;
+  }
+};
+
+// The bits of slot k are the band numbers of all levels, the first level's highest; a band number has one bit per axis, the
+// last axis lowest. Bit by bit, they are also the coordinates of pixel k in its block.
+struct Slots {
+  int64_t dims, levels, count = int64_t{1} << (dims * levels);
+
+  int64_t band(int64_t k, int64_t level) const { return k >> (dims * (levels - 1 - level)) & ((int64_t{1} << dims) - 1); }
+
+  Side image(const Tensor& x) const {
+    Side side{Memory::of(x), x.stride(0), x.stride(1), {}, std::vector<int64_t>(count)};
+    for (int64_t axis = 0; axis < dims; ++axis) {
+      const int64_t stride = x.stride(2 + axis);
+      side.axes.push_back(stride << levels);
+      for (int64_t k = 0; k < count; ++k)
+        for (int64_t level = 0; level < levels; ++level)
+          side.slot[k] += ((band(k, level) >> (dims - 1 - axis) & 1) << level) * stride;
+    }
+    return side;
+  }
+
+  // Channels are (colour, band of level 1, band of level 2, …), or (…, band of level 2, band of level 1, colour).
+  Side bands(const Tensor& y, bool by_colour) const {
+    const int64_t colours = y.size(1) / count;
+    Side side{Memory::of(y), y.stride(0), y.stride(1) * (by_colour ? count : 1), {}, std::vector<int64_t>(count)};
+    for (int64_t axis = 0; axis < dims; ++axis) side.axes.push_back(y.stride(2 + axis));
+    for (int64_t k = 0; k < count; ++k) {
+      int64_t reversed = 0;
+      for (int64_t level = 0; level < levels; ++level) reversed += band(k, level) << (dims * level);
+      side.slot[k] = (by_colour ? k : reversed * colours) * y.stride(1);
+    }
+    return side;
+  }
+
+  template <class T>
+  std::vector<T> gains(double gain, double average_gain) const {
+    std::vector<T> gains;
+    for (int64_t k = 0; k < count; ++k) {
+      double product = 1;
+      for (int64_t level = 0; level < levels; ++level)
+        product *= gain * std::exp2(-0.5 * static_cast<double>(dims)) * (band(k, level) == 0 ? average_gain : 1.0);
+      gains.push_back(static_cast<T>(product));
+    }
+    return gains;
+  }
+};
+
+template <class T>
+void transform(const Slots& slots, const Side& from, const Side& to, const Tensor& bands, const std::vector<T>& gains, bool inverse) {
+  const int64_t n = slots.count, colours = bands.size(1) / n;
+  const std::vector<int64_t> blocks(bands.sizes().begin() + 2, bands.sizes().end());
+  const int64_t rows = bands.numel() / (bands.size(0) * bands.size(1) * blocks.back());
+  const int64_t tile = std::max<int64_t>(1, std::min(blocks.back(), kTileElements / n));
+  parallel_units(bands.size(0) * rows * colours, n * blocks.back(), [&](int64_t unit) {
+    const int64_t colour = unit % colours, row = unit / colours % rows, sample = unit / colours / rows;
+    const int64_t from_at = from.at(sample, colour, row, blocks), to_at = to.at(sample, colour, row, blocks);
+    const std::unique_ptr<T[]> buffer(new T[n * tile]);
+    for (int64_t begin = 0; begin < blocks.back(); begin += tile) {
+      const int64_t length = std::min(tile, blocks.back() - begin);
+      const int64_t from_begin = from_at + begin * from.axes.back(), to_begin = to_at + begin * to.axes.back();
+      for (int64_t k = 0; k < n; ++k)
+        gather(from.memory, from_begin + from.slot[k], buffer.get() + k * tile, {1, length, 0, from.axes.back(), 0});
+      run_leaf<WalshHadamard<T>>(buffer.get(), n, tile, length, gains.data(), inverse);
+      for (int64_t k = 0; k < n; ++k)
+        scatter(buffer.get() + k * tile, to.memory, to_begin + to.slot[k], {1, length, 0, to.axes.back(), 0});
+    }
+  });
+}
+
+// The shape of the other side of x.
+std::vector<int64_t> shape_after(const Tensor& x, int64_t levels, bool inverse) {
+  const int64_t n = int64_t{1} << ((x.dim() - 2) * levels), side = int64_t{1} << levels;
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  if (inverse && sizes[1] % n != 0)
+    fail("haar", "x must have a multiple of ", n, " channels for the inverse of ", levels, " level(s), got ", shape_of(x));
+  sizes[1] = inverse ? sizes[1] / n : sizes[1] * n;
+  for (int64_t d = 2; d < x.dim(); ++d) {
+    if (!inverse && sizes[d] % side != 0)
+      fail("haar", "the spatial sizes of x must be multiples of ", side, " for ", levels, " level(s), got ", shape_of(x));
+    sizes[d] = inverse ? sizes[d] * side : sizes[d] / side;
+  }
+  return sizes;
+}
+
+Tensor haar_fwd(Tensor x, int64_t levels, bool by_colour, double gain, double average_gain, bool inverse) {
+  check_flow_variable("haar", "x", x);
+  const int64_t dims = x.dim() - 2;
+  if (dims < 1 || dims > 3) fail("haar", "x must have shape (B, C, L), (B, C, H, W) or (B, C, D, H, W), got ", shape_of(x));
+  if (levels < 1 || dims * levels > 30) fail("haar", "levels must be from 1 to ", 30 / dims, ", got ", levels);
+  const MemoryFormat format = format_of(x);
+  x = as_format(x, format);
+  Tensor y = empty_in(x, shape_after(x, levels, inverse), format);
+  if (x.numel() == 0) return y;
+  const Slots slots{dims, levels};
+  const Tensor &image = inverse ? y : x, &bands = inverse ? x : y;
+  const Side image_side = slots.image(image), bands_side = slots.bands(bands, by_colour);
+  visit_compute_type(x.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    const std::vector<T> gains = slots.gains<T>(gain, average_gain);
+    transform<T>(slots, inverse ? bands_side : image_side, inverse ? image_side : bands_side, bands, gains, inverse);
+  });
+  return y;
+}
+
+}  // namespace
+}  // namespace hflow
+
+STABLE_TORCH_LIBRARY_IMPL(hflow_fast, CPU, m) { m.impl("haar_fwd", TORCH_BOX(&hflow::haar_fwd)); }

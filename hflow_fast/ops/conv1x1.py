@@ -1,0 +1,58 @@
+"""Invertible 1 × 1 convolution: one matrix applied to the channels of every pixel."""
+
+from __future__ import annotations
+
+import torch
+
+from hflow_fast import reference
+from hflow_fast._checks import check_channels, check_flow_variable
+from hflow_fast._extension import has_kernel
+from hflow_fast.ops._registration import empty_like_in, format_of, register
+
+__all__ = ["conv1x1"]
+
+_KERNEL_CHANNELS = 32  # more than the kernels keep in L1 or registers: there, matmul is the fast way
+
+
+def conv1x1(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    r"""Mix the channels of every pixel.
+
+    .. math:: y_{o} = \sum_c W_{oc}\, x_{c} + b_o
+
+    The invertible 1 × 1 convolution of Glow (Kingma and Dhariwal, 2018, section 3.2). The inverse is the same function
+    with the inverse matrix; the log-determinant, H·W·log\|det W\|, comes from :func:`hflow_fast.ops.lu`. An actnorm
+    before or after folds into ``weight`` and ``bias``. Up to 32 channels run in a kernel with one read and one write of
+    x, more through a matrix product. Sums are float32, or float64 for float64 x.
+
+    Args:
+        x: (B, C), (B, C, L) or (B, C, H, W); contiguous and channels_last are read as they are, other strides are made
+            contiguous. float32, float64, bfloat16 or float16.
+        weight: (C, C), rows are outputs; any of these dtypes.
+        bias: (C,) or ``None`` for zero; any of these dtypes.
+
+    Returns:
+        y like x, in its memory format.
+
+    Raises:
+        ValueError: A shape, dtype or device does not fit; the text names the argument and what it got.
+
+    Example:
+        >>> x = torch.tensor([[1.0, 2.0]])
+        >>> conv1x1(x, torch.tensor([[0.0, 1.0], [3.0, 0.0]]), torch.tensor([0.5, 0.0]))
+        tensor([[2.5000, 3.0000]])
+    """
+    if x.dim() < 2 or x.shape[1] > _KERNEL_CHANNELS or not has_kernel("conv1x1", x.device):
+        return reference.conv1x1(x, weight, bias)
+    if bias is None:
+        bias = weight.new_zeros(x.shape[1])
+    return torch.ops.hflow_fast.conv1x1_fwd.default(x, weight, bias)
+
+
+def _fake(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    check_flow_variable("conv1x1", x)
+    check_channels("conv1x1", x, (x.shape[1], x.shape[1]), weight=weight)
+    check_channels("conv1x1", x, (x.shape[1],), bias=bias)
+    return empty_like_in(x, format_of(x))
+
+
+register("conv1x1", 3, _fake)
