@@ -29,8 +29,19 @@ $(VENV)/install.stamp: $(VENV)/torch.stamp pyproject.toml setup.py $(shell find 
 	$(BIN)/pip install --quiet --no-build-isolation --editable '.[test]'
 	touch $@
 
+# The formulas that CPU and CUDA kernels share are also tested alone, in C++, where CMake is installed.
 test: $(VENV)/install.stamp
 	$(BIN)/python -m pytest python_tests --durations=10
+	if command -v cmake > /dev/null; then \
+	  cmake -S . -B build/cmake && cmake --build build/cmake --parallel $(MAX_JOBS) && \
+	  ctest --test-dir build/cmake --output-on-failure; \
+	else echo "no cmake: the C++ tests were not run"; fi
 
 demo: $(VENV)/install.stamp
 	$(BIN)/python scripts/demo.py --run $(RUN)
+
+cuda-check: $(VENV)/install.stamp
+	$(BIN)/python scripts/cuda_check.py
+
+bench: $(VENV)/install.stamp
+	$(BIN)/python benchmarks/bench_ops.py
