@@ -25,6 +25,8 @@ class _Group(click.Group):
     def invoke(self, context: click.Context) -> Any:
         try:
             return super().invoke(context)
+        except BrokenPipeError:
+            raise  # the reader has gone, as in `hflow-fast info | head`; click ends quietly
         except (CheckpointError, ConfigError, DatasetError, ArithmeticError, OSError) as error:
             raise _UserError("; ".join(str(error).splitlines())) from error
 

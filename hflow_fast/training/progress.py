@@ -60,13 +60,13 @@ class ProgressBar:
         self._limits = limits
         self._first_step = step
         self._start = time.monotonic()
-        self._bar = tqdm(total=1.0, bar_format="{percentage:3.0f}% |{bar}|{postfix}", disable=None)
+        self._bar = tqdm(total=1.0, bar_format="{percentage:3.0f}% |{bar}| {desc}", disable=None)
         self._move(step, seconds)
 
     def update(self, step: int, epoch: int, seconds: float, text: str) -> None:
         per_step = (time.monotonic() - self._start) / max(step - self._first_step, 1)
         left = timedelta(seconds=round(self._limits.seconds_left(step, seconds, per_step)))
-        self._bar.set_postfix_str(f"step {step}, epoch {epoch}, {text}, {left} left", refresh=False)
+        self._bar.set_description_str(f"step {step}, epoch {epoch}, {text}, {left} left", refresh=False)
         self._move(step, seconds)
 
     def close(self) -> None:
