@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from ...errors import ConfigError
 from ...ops import CouplingSpec
-from .config import HFlowConfig
+
+if TYPE_CHECKING:
+    from .config import HFlowConfig
 
 __all__ = ["DecoderSpec", "LevelSpec", "StepSpec", "read_levels"]
 

@@ -10,10 +10,11 @@ import os
 import re
 from typing import Any, Literal, Mapping
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ...configs import load_config
-from ...errors import ConfigError
+from ...configs.section import Section
+from .architecture import read_levels
 
 __all__ = ["EndblockConfig", "HFlowConfig"]
 
@@ -32,13 +33,7 @@ def _tokens(value: str, token: str, example: str) -> str:
     return value
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, populate_by_name=True, alias_generator=str.upper, validate_default=True
-    )
-
-
-class EndblockConfig(_Section):
+class EndblockConfig(Section):
     """``ENDBLOCK_SETTINGS``: the code of one pixel at the bottom of the hierarchy, split into partitions.
 
     The first partition has an unconditional flow, each later one a flow conditioned on those before it. A last
@@ -102,7 +97,7 @@ class EndblockConfig(_Section):
         return [*self.channels[:-1], self.endblock_tot_channels - sum(self.channels[:-1])]
 
 
-class HFlowConfig(_Section):
+class HFlowConfig(Section):
     """``MODEL_PARAMETERS``: lists have one entry per level, finest first.
 
     See ``docs/configuration.md`` for each key.
@@ -200,28 +195,10 @@ class HFlowConfig(_Section):
             return source
         if isinstance(source, Mapping) and "RESOLUTIONS" in source:
             source = {"MODEL_PARAMETERS": source}
-        section = load_config(source)["MODEL_PARAMETERS"]
-        try:
-            config = cls.model_validate(section)
-        except ValidationError as error:
-            raise ConfigError(_explain(error)) from None
-        from .architecture import read_levels  # the strings inside are checked by those who read them
-
-        read_levels(config)
+        config = cls.parse(load_config(source)["MODEL_PARAMETERS"], "MODEL_PARAMETERS")
+        read_levels(config)  # checks what the strings mean together
         return config
 
     def to_dict(self) -> dict[str, Any]:
         """``MODEL_PARAMETERS`` as in the original's files: JSON-ready, accepted by :meth:`load`."""
         return self.model_dump(by_alias=True, mode="json", exclude_none=True)
-
-
-def _explain(error: ValidationError) -> str:
-    """One line per problem, with the key as it stands in the file."""
-    lines = []
-    for problem in error.errors(include_url=False):
-        key = ".".join(["MODEL_PARAMETERS", *map(str, problem["loc"])])
-        message = {"extra_forbidden": "unknown key; remove it or correct its spelling",
-                   "missing": "missing key; add it (the presets show every key)"}.get(problem["type"])
-        got = "" if message or isinstance(problem["input"], dict) else f" (got {problem['input']!r})"
-        lines.append(f"{key}: {message or problem['msg'].removeprefix('Value error, ')}{got}")
-    return "\n".join(lines)

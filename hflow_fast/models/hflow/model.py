@@ -16,6 +16,7 @@ from .encoder import CodeEncoder
 from .endblock import Endblock, StyleNetwork
 from .layers import EqualConv2d
 from .level import Level
+from .original import load_original
 
 __all__ = ["HFlow"]
 
@@ -76,8 +77,6 @@ class HFlow(nn.Module):
             ConfigError: as :meth:`from_config`.
             CheckpointError: a tensor is missing, left over or of another shape.
         """
-        from .original import load_original
-
         model = cls.from_config(config)
         load_original(model, state_dict)
         return model
