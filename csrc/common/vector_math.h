@@ -1,6 +1,6 @@
 // exp, log, log1p, tanh and atan without branches, so that the compiler vectorises loops over them. float and double.
 //
-// libm's scalar calls are what -O3 leaves otherwise. Errors against float64 (measured by test_extension.py): at most 3 ulp.
+// libm's scalar calls are what -O3 leaves otherwise. Errors against float64 (measured by python_tests/ops/test_vector_math.py): at most 3 ulp.
 // Range reduction leaves |r| small enough for plain Taylor polynomials, whose coefficients a reader can check. On the
 // device the CUDA functions are used.
 #pragma once

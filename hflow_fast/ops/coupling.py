@@ -68,10 +68,10 @@ class CouplingSpec:
         _check_choice("active", self.active, _ACTIVE)
         _check_choice("block", self.block, (1, 2, 4, 8))
         _check_choice("parity", self.parity, (0, 1))
-        for name in ("clamp", "shift_clamp"):
-            value = getattr(self, name)
-            if not (value is None and name == "shift_clamp") and not value > 0:
-                raise ValueError(f"CouplingSpec: {name} must be positive, got {value!r}")
+        if not isinstance(self.clamp, (int, float)) or not self.clamp > 0:
+            raise ValueError(f"CouplingSpec: clamp must be positive, got {self.clamp!r}")
+        if self.shift_clamp is not None and not self.shift_clamp > 0:
+            raise ValueError(f"CouplingSpec: shift_clamp must be positive or None, got {self.shift_clamp!r}")
         arguments = (
             _SCALE_MAPS.index(self.scale_map),
             float(self.clamp),
