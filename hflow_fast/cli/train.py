@@ -68,6 +68,7 @@ def train(
     # All that can be wrong is found out before the run's folder is made.
     dataset = ImageDataset.open(general.dataset_path)
     torch.manual_seed(general.seed)
+    torch.backends.cudnn.benchmark = True  # all batches have the same shape
     model = HFlow.from_config(settings)
     check_dataset(dataset, model.resolution, general)
     if not resume:

@@ -93,6 +93,7 @@ class Session:
             if evaluation.due() and not self.finished:
                 self._evaluate(log)
                 evaluation.restart()
+                window.restart_clock()
             if checkpoint.due() and not self.finished:
                 checkpoint.restart(None if self._save() else _RETRY_SECONDS)
         if window.steps:
@@ -149,11 +150,13 @@ class _Window:
     def __init__(self, device: torch.device) -> None:
         self.text = "loss –"
         self.skipped_in_a_row = 0
+        self._rate = 0.0
         self._row = torch.zeros((), device=device)
         self._restart()
 
     def add(self, result: StepResult) -> None:
         self.steps += 1
+        self._timed_steps += 1
         self._loss += torch.where(result.skipped, 0.0, result.loss)
         self._skipped += result.skipped
         self._row = torch.where(result.skipped, self._row + 1, 0.0)
@@ -161,20 +164,27 @@ class _Window:
 
     def read(self, images_per_step: int) -> dict[str, float]:
         loss, skipped, row, norm = torch.stack([self._loss, self._skipped, self._row, self._norm]).tolist()
-        rate = self.steps * images_per_step / (time.monotonic() - self._start)
         self.skipped_in_a_row = int(row)
-        values = {"images_per_second": rate, "skipped_steps": int(skipped)}
+        values: dict[str, float] = {"skipped_steps": int(skipped)}
+        if self._timed_steps:
+            self._rate = self._timed_steps * images_per_step / (time.monotonic() - self._start)
+            values["images_per_second"] = self._rate
         if skipped < self.steps:
             values["loss"] = loss / (self.steps - skipped)
         if math.isfinite(norm):
             values["gradient_norm"] = norm
-        self.text = f"{rate:.1f} images/s, loss {values.get('loss', math.nan):.4f}"
+        self.text = f"{self._rate:.1f} images/s, loss {values.get('loss', math.nan):.4f}"
         self._restart()
         return values
 
+    def restart_clock(self) -> None:
+        """Leaves what has happened since the last record out of its speed."""
+        self._timed_steps = 0
+        self._start = time.monotonic()
+
     def _restart(self) -> None:
         self.steps = 0
-        self._start = time.monotonic()
+        self.restart_clock()
         self._loss = torch.zeros_like(self._row)
         self._skipped = torch.zeros_like(self._row)
 
