@@ -67,7 +67,10 @@ def save_checkpoint(
         tensors["training"] = torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
     try:
         with replacing(path) as temporary:
+            temporary.touch()
+            mode = temporary.stat().st_mode
             save_file(tensors, temporary, metadata=_FORMAT | {"config": json.dumps(config)})
+            temporary.chmod(mode)  # safetensors makes files that nobody but their owner can read
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{os.fspath(path)}: not saved ({error}); the file was left as it was.") from error
 

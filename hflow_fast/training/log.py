@@ -50,8 +50,11 @@ class RunLog:
             self._tensorboard.close()
 
     def _append(self, text: str) -> None:
-        with open(self._path, "a") as file:
-            file.write(text)
+        try:
+            with open(self._path, "a") as file:
+                file.write(text)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error  # a full disk does not name the file
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

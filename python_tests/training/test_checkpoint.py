@@ -27,6 +27,8 @@ def test_round_trip(tmp_path: Path) -> None:
         torch.testing.assert_close(weights, dict(module.state_dict()), rtol=0, atol=0)
     assert checkpoint.training == training
     assert os.listdir(tmp_path) == ["a"]
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_only_the_wanted_parts_are_read(tmp_path: Path) -> None:
