@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from .checkpoint import load_model, read_checkpoint, save_checkpoint
-from .config import TrainConfig
+from .config import GeneralConfig, OutputConfig, TrainConfig
 from .log import read_metrics
 from .run import RunDirectory
 from .session import Session, TrainingError
 from .trainer import Trainer
 
 __all__ = [
+    "GeneralConfig",
+    "OutputConfig",
     "RunDirectory",
     "Session",
     "TrainConfig",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Mapping
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from ..errors import ConfigError
+from ..configs.section import Section
 
 __all__ = ["GeneralConfig", "OutputConfig", "TrainConfig"]
 
@@ -16,26 +16,21 @@ Factor = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, alias_generator=str.upper)
-
-
-class GeneralConfig(_Section):
-    """Section ``GENERAL``; the JSON keys are these names in upper case.
-
-    Training ends at the first of ``epochs``, ``steps`` and ``hours`` that is given. ``dataset_name``,
-    ``inception_net_path`` and ``num_gpus`` belong to the original and are accepted so that its files can be read.
-    """
+class GeneralConfig(Section):
+    """Section ``GENERAL``; the JSON keys are these names in upper case."""
 
     learning_rate: NonNegative
     """Of the flows; Adam's step size."""
     learning_rate_decoders: NonNegative
+    """Of the decoders."""
     learning_rate_encoders: NonNegative
+    """Of the encoders."""
     learning_rate_decay_start: Annotated[int, Field(ge=0)]
     """The rates decay on every even epoch (counted from 0) after this one."""
     learning_rate_decay: Factor
     """Factor for flows and decoders."""
     learning_rate_decay_encoders: Factor
+    """Factor for the encoders."""
     learning_rate_cut_encoders: Annotated[int, Field(ge=0)]
     """From this epoch on the encoders are frozen."""
     batch_size: Count
@@ -47,20 +42,29 @@ class GeneralConfig(_Section):
     ema_weight: Factor = 0.005
     """Weight of the newest parameters in their moving average, from epoch 1 on."""
     discretization_bits: Annotated[int, Field(ge=1, le=8)] = 8
+    """Bits of a pixel value that are modelled; the lower ones are dropped."""
     added_noise_std: NonNegative = 0.0
     """Gaussian noise on the training images, in units of the pixel range [0, 1]."""
     horizontal_flips: bool = True
     """Mirror every second training image, at random."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Of weights, data order and noise."""
     epochs: Count | None = None
+    """Passes over the training images. Training ends at the first of epochs, steps and hours that is given."""
     steps: Count | None = None
+    """Optimizer steps."""
     hours: Positive | None = None
+    """Training time, over all sessions of the run."""
     dataset_path: str | None = None
+    """Folder made by ``hflow-fast dataset``."""
     resize_data_to: Count | None = None
     """Resolution of the data; when given it has to be the model's."""
     dataset_name: str | None = None
+    """Of the original's files; unused, as a dataset is one folder."""
     inception_net_path: str | None = None
+    """Of the original's files; unused."""
     num_gpus: Count = 1
+    """Of the original's files; training uses one device."""
 
     @model_validator(mode="after")
     def _check(self) -> GeneralConfig:
@@ -72,10 +76,11 @@ class GeneralConfig(_Section):
         return self
 
 
-class OutputConfig(_Section):
+class OutputConfig(Section):
     """Section ``OUTPUT``; the JSON keys are these names in upper case. Intervals are in hours."""
 
     checkpoint_every: Positive = 4.0
+    """Interval of checkpoints; there is one at the start and at the end, too."""
     visualization_every: Positive = 0.5
     """Interval of sample and reconstruction grids and of the held-out bits/dim."""
     evaluation_images: Count = 1000
@@ -83,11 +88,12 @@ class OutputConfig(_Section):
     sample_base_sigma: Positive = 0.8
     """Standard deviation of the latents of sample grids."""
     metrics_every: Positive = 4.0
+    """Of the original's files, as the next two: its FID; unused."""
     fid_n_samples: Count = 30000
     fid_gen_std: Positive = 0.8
 
 
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """How to train: see :class:`GeneralConfig` and :class:`OutputConfig`."""
 
     general: GeneralConfig
@@ -104,17 +110,4 @@ class TrainConfig(_Section):
         Raises:
             ConfigError: a key is unknown, missing or out of range; the text names every such key.
         """
-        try:
-            return cls.model_validate({key: value for key, value in config.items() if key != "MODEL_PARAMETERS"})
-        except ValidationError as error:
-            raise ConfigError("; ".join(map(_explain, error.errors()))) from None
-
-
-def _explain(problem: Mapping[str, Any]) -> str:
-    key = ".".join(map(str, problem["loc"]))
-    if problem["type"] == "missing":
-        return f"{key}: missing; add this key"
-    if problem["type"] == "extra_forbidden":
-        return f"{key}: unknown key; remove it or check its spelling"
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{key}: {message}" + ("" if isinstance(problem["input"], Mapping) else f" (got {problem['input']!r})")
+        return cls.parse({key: value for key, value in config.items() if key != "MODEL_PARAMETERS"}, "")
