@@ -116,41 +116,37 @@ void run_coupling(ScaleMap scale_map, bool shift_before, Args... args) {
 
 }  // namespace
 
-// 1 where active, from the index. f(j) is the column's part of the pattern; the row's part is added to it.
 template <class T>
-template <class F>
-void CouplingTile<T>::fill_spatial_mask(int64_t begin, int64_t n, T* mask, const F& f) const {
-  const CouplingPlan& p = plan_;
-  const int64_t pixel = begin / p.channel_stride % (p.height * p.width);
-  int64_t i = pixel / p.width, j = pixel % p.width, left = p.channel_stride - begin % p.channel_stride;
-  for (int64_t e = 0; e < n; j = 0, i = i + 1 == p.height ? 0 : i + 1) {
-    const int64_t row = p.set == ActiveSet::checkerboard ? i >> p.block_shift : p.set == ActiveSet::rows ? i >= p.height / 2 : 0;
-    const auto value = [&](int64_t column) { return ((row + f(column)) & 1) == p.parity ? T(1) : T(0); };
-    if (p.channel_stride == 1) {
-      const int64_t length = std::min(n - e, p.width - j);
-      for (int64_t k = 0; k < length; ++k) mask[e + k] = value(j + k);
-      e += length;
-    } else {
-      for (; j < p.width && e < n; ++j, left = p.channel_stride) {
-        const int64_t stop = std::min(n, e + left);
-        for (const T v = value(j); e < stop; ++e) mask[e] = v;
-      }
-    }
+CouplingTile<T>::CouplingTile(const CouplingPlan& plan, const CouplingOptions& options, Memory x, Memory raw)
+    : plan_(plan),
+      parameters_(options.form, options.clamp, options.shift_clamp, options.inverse),
+      shift_before_(shift_comes_before(options.form, options.inverse)),
+      x_(x),
+      raw_(raw) {
+  if (!plan.spatial()) return;
+  const int64_t line = plan.width * plan.channel_stride;
+  mask_lines_.resize(2 * line);
+  for (int64_t e = 0; e < 2 * line; ++e) {
+    const int64_t j = e % line / plan.channel_stride;
+    const int64_t column = plan.set == ActiveSet::checkerboard ? j >> plan.block_shift : plan.set == ActiveSet::columns ? j >= plan.width / 2 : 0;
+    mask_lines_[e] = ((e / line + column) & 1) == plan.parity ? T(1) : T(0);
   }
 }
 
 template <class T>
 void CouplingTile<T>::fill_mask(int64_t begin, int64_t n, T* mask) const {
   const CouplingPlan& p = plan_;
-  switch (p.set) {
-    case ActiveSet::checkerboard:
-      return fill_spatial_mask(begin, n, mask, [shift = p.block_shift](int64_t j) { return j >> shift; });
-    case ActiveSet::columns:
-      return fill_spatial_mask(begin, n, mask, [half = p.width / 2](int64_t j) { return int64_t(j >= half); });
-    case ActiveSet::rows:
-      return fill_spatial_mask(begin, n, mask, [](int64_t) { return int64_t(0); });
-    default:
-      std::fill_n(mask, n, T(1));
+  if (!p.spatial()) {
+    std::fill_n(mask, n, T(1));
+    return;
+  }
+  const int64_t line = p.width * p.channel_stride;
+  int64_t i = begin / line % p.height, j = begin % line;
+  for (int64_t e = 0; e < n; j = 0, i = i + 1 == p.height ? 0 : i + 1) {
+    const int64_t row = p.set == ActiveSet::checkerboard ? i >> p.block_shift & 1 : p.set == ActiveSet::rows ? i >= p.height / 2 : 0;
+    const int64_t length = std::min(n - e, line - j);
+    std::copy_n(mask_lines_.data() + row * line + j, length, mask + e);
+    e += length;
   }
 }
 

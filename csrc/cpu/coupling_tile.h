@@ -8,6 +8,8 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <vector>
+
 #include "common/rows.h"
 #include "common/tensor.h"
 #include "formulas.h"
@@ -51,9 +53,7 @@ inline constexpr int64_t kCouplingTile = 512;  // elements a tile function takes
 template <class T>
 class CouplingTile {
  public:
-  CouplingTile(const CouplingPlan& plan, const CouplingOptions& options, Memory x, Memory raw)
-      : plan_(plan), parameters_(options.form, options.clamp, options.shift_clamp, options.inverse),
-        shift_before_(shift_comes_before(options.form, options.inverse)), x_(x), raw_(raw) {}
+  CouplingTile(const CouplingPlan& plan, const CouplingOptions& options, Memory x, Memory raw);
 
   // Elements per tile: whole periods where those are short, so that a tile's raw values are gathered in one go.
   int64_t tile() const { return gathers() ? kCouplingTile / plan_.period * plan_.period : kCouplingTile; }
@@ -68,8 +68,6 @@ class CouplingTile {
   // Short segments are gathered, whole periods at a time; longer ones are walked one by one and read in place.
   bool gathers() const { return std::min(plan_.segment, plan_.active) < 64 && plan_.period <= kCouplingTile; }
   void fill_mask(int64_t begin, int64_t n, T* mask) const;
-  template <class F>
-  void fill_spatial_mask(int64_t begin, int64_t n, T* mask, const F& f) const;
   void gather_raw(int64_t begin, int64_t n, T* scale, T* shift) const;
   void scatter_raw(int64_t begin, int64_t n, const T* scale, const T* shift, Memory grad_raw) const;
   template <class F>
@@ -81,6 +79,7 @@ class CouplingTile {
   CouplingParameters<T> parameters_;
   bool shift_before_;
   Memory x_, raw_;
+  std::vector<T> mask_lines_;  // of spatial sets: the two kinds of image rows
 };
 
 }  // namespace hflow
