@@ -16,6 +16,7 @@ __all__ = [
     "check_floating",
     "check_flow_variable",
     "check_haar",
+    "check_haar_options",
     "check_like",
     "check_matrices",
     "compute_dtype",
@@ -87,18 +88,22 @@ def check_matrices(op: str, weight: torch.Tensor) -> None:
         raise ValueError(f"hflow_fast.{op}: weight must have shape (C, C) or (N, C, C), got {tuple(weight.shape)}")
 
 
-def check_haar(x: torch.Tensor, levels: int, inverse: bool, order: str = "colour", rebalance: float = 1.0) -> None:
-    """x with sizes that the transform divides, and the options in their ranges."""
+def check_haar_options(order: str, rebalance: float) -> None:
+    """The options that a kernel does not see."""
+    if order not in ("colour", "wavelet"):
+        raise ValueError(f"hflow_fast.haar: order must be 'colour' or 'wavelet', got {order!r}")
+    if not 0 < rebalance < math.inf:
+        raise ValueError(f"hflow_fast.haar: rebalance must be above 0 and finite, got {rebalance}")
+
+
+def check_haar(x: torch.Tensor, levels: int, inverse: bool) -> None:
+    """x with sizes that the transform divides."""
     check_floating("haar", x=x)
     shape, dimensions = tuple(x.shape), x.dim() - 2
     if dimensions not in (1, 2, 3):
         raise ValueError(f"hflow_fast.haar: x must have shape (B, C, L), (B, C, H, W) or (B, C, D, H, W), got {shape}")
     if not 1 <= levels <= 30 // dimensions:
         raise ValueError(f"hflow_fast.haar: levels must be from 1 to {30 // dimensions}, got {levels}")
-    if order not in ("colour", "wavelet"):
-        raise ValueError(f"hflow_fast.haar: order must be 'colour' or 'wavelet', got {order!r}")
-    if not 0 < rebalance < math.inf:
-        raise ValueError(f"hflow_fast.haar: rebalance must be above 0 and finite, got {rebalance}")
     bands, side = 2 ** (levels * dimensions), 2**levels
     if inverse and shape[1] % bands:
         raise ValueError(

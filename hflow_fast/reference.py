@@ -19,6 +19,7 @@ from hflow_fast._checks import (
     check_coupling,
     check_flow_variable,
     check_haar,
+    check_haar_options,
     check_matrices,
     compute_dtype,
 )
@@ -185,7 +186,8 @@ def haar(
     mean: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`hflow_fast.ops.haar`."""
-    check_haar(x, levels, inverse, order, rebalance)
+    check_haar_options(order, rebalance)
+    check_haar(x, levels, inverse)
     dimensions = x.dim() - 2
     gains = [rebalance] * 2**dimensions
     if mean:

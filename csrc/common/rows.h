@@ -58,17 +58,25 @@ struct Convert {
       swap(outer, inner), swap(from_stride, from_step), swap(to_stride, to_step);
     }
     for (int64_t o = 0; o < outer; ++o, from += from_stride, to += to_stride) {
+      // Constant steps vectorise; 2 is the step of a Haar block.
       if (from_step == 1 && to_step == 1) {
-#pragma GCC ivdep
-        for (int64_t i = 0; i < inner; ++i) to[i] = static_cast<To>(from[i]);
+        row(from, to, inner, 1, 1);
+      } else if (from_step == 2 && to_step == 1) {
+        row(from, to, inner, 2, 1);
+      } else if (from_step == 1 && to_step == 2) {
+        row(from, to, inner, 1, 2);
       } else {
-#pragma GCC ivdep
-        for (int64_t i = 0; i < inner; ++i) to[i * to_step] = static_cast<To>(from[i * from_step]);
+        row(from, to, inner, from_step, to_step);
       }
     }
   }
 
  private:
+  HFLOW_LEAF void row(const From* from, To* to, int64_t n, int64_t from_step, int64_t to_step) {
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; ++i) to[i * to_step] = static_cast<To>(from[i * from_step]);
+  }
+
   HFLOW_LEAF void swap(int64_t& a, int64_t& b) {
     const int64_t c = a;
     a = b, b = c;

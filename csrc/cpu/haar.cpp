@@ -1,6 +1,6 @@
 // haar on the CPU: the orthonormal Haar transform of every 2^levels block of pixels, forward and inverse.
 //
-// Threads: rows of blocks of one channel. Bytes: one read and one write of x for any number of levels. Splitting all bands
+// Threads: rows of blocks of some channels. Bytes: one read and one write of x for any number of levels. Splitting all bands
 // at every level makes the transform of a block a Walsh–Hadamard transform of its n = 2^(levels·dims) pixels: slot k of
 // the n is a position before it and a band after it, so it runs in place on n rows of neighbouring blocks.
 #include <torch/csrc/stable/library.h>
@@ -17,14 +17,14 @@
 namespace hflow {
 namespace {
 
-constexpr int64_t kTileElements = 4096;  // n rows of blocks: a tile stays in L1
+constexpr int64_t kTileElements = 4096;  // of a unit's buffer, which stays in L1
 
 // In-place Walsh–Hadamard transform across n rows (a power of two); rows are scaled after it, or before it if `inverse`.
 template <class T>
 struct WalshHadamard {
-  HFLOW_LEAF void scale(T* rows, int64_t n, int64_t stride, int64_t length, const T* gains) {
+  HFLOW_LEAF void scale(T* rows, int64_t n, int64_t length, const T* gains) {
     for (int64_t k = 0; k < n; ++k)
-      for (int64_t i = 0; i < length; ++i) rows[k * stride + i] *= gains[k];
+      for (int64_t i = 0; i < length; ++i) rows[k * length + i] *= gains[k];
   }
 
   HFLOW_LEAF void butterfly(T* __restrict a, T* __restrict b, int64_t length) {
@@ -35,12 +35,12 @@ struct WalshHadamard {
     }
   }
 
-  HFLOW_LEAF void run(T* rows, int64_t n, int64_t stride, int64_t length, const T* gains, bool inverse) {
-    if (inverse) scale(rows, n, stride, length, gains);
+  HFLOW_LEAF void run(T* rows, int64_t n, int64_t length, const T* gains, bool inverse) {
+    if (inverse) scale(rows, n, length, gains);
     for (int64_t half = 1; half < n; half *= 2)
       for (int64_t k = 0; k < n; k += 2 * half)
-        for (int64_t j = k; j < k + half; ++j) butterfly(rows + j * stride, rows + (j + half) * stride, length);
-    if (!inverse) scale(rows, n, stride, length, gains);
+        for (int64_t j = k; j < k + half; ++j) butterfly(rows + j * length, rows + (j + half) * length, length);
+    if (!inverse) scale(rows, n, length, gains);
   }
 };
 
@@ -106,24 +106,33 @@ struct Slots {
   }
 };
 
+// A unit of work is a row of blocks of some colours; of the two, `inner` is the one that lies side by side in memory.
 template <class T>
 void transform(const Slots& slots, const Side& from, const Side& to, const Tensor& bands, const std::vector<T>& gains, bool inverse) {
   const int64_t n = slots.count, colours = bands.size(1) / n;
   const std::vector<int64_t> blocks(bands.sizes().begin() + 2, bands.sizes().end());
   const int64_t rows = bands.numel() / (bands.size(0) * bands.size(1) * blocks.back());
-  const int64_t tile = std::max<int64_t>(1, std::min(blocks.back(), kTileElements / n));
-  parallel_units(bands.size(0) * rows * colours, n * blocks.back(), [&](int64_t unit) {
-    const int64_t colour = unit % colours, row = unit / colours % rows, sample = unit / colours / rows;
+  const bool colours_inner = bands.stride(1) == 1;
+  const int64_t tile = std::max<int64_t>(1, kTileElements / n);
+  const int64_t row_tile = std::min(blocks.back(), tile), colour_tile = std::min(colours, std::max<int64_t>(1, tile / row_tile));
+  const int64_t colour_tiles = (colours + colour_tile - 1) / colour_tile;
+
+  parallel_units(bands.size(0) * rows * colour_tiles, n * blocks.back() * colour_tile, [&](int64_t unit) {
+    const int64_t colour = unit % colour_tiles * colour_tile, row = unit / colour_tiles % rows, sample = unit / colour_tiles / rows;
     const int64_t from_at = from.at(sample, colour, row, blocks), to_at = to.at(sample, colour, row, blocks);
-    const std::unique_ptr<T[]> buffer(new T[n * tile]);
-    for (int64_t begin = 0; begin < blocks.back(); begin += tile) {
-      const int64_t length = std::min(tile, blocks.back() - begin);
-      const int64_t from_begin = from_at + begin * from.axes.back(), to_begin = to_at + begin * to.axes.back();
+    const int64_t unit_colours = std::min(colour_tile, colours - colour);
+    const std::unique_ptr<T[]> buffer(new T[n * row_tile * unit_colours]);
+    for (int64_t begin = 0; begin < blocks.back(); begin += row_tile) {
+      const int64_t unit_blocks = std::min(row_tile, blocks.back() - begin), length = unit_blocks * unit_colours;
+      const auto runs = [&](const Side& side) {
+        return colours_inner ? Runs{unit_blocks, unit_colours, side.axes.back(), side.colour, unit_colours}
+                             : Runs{unit_colours, unit_blocks, side.colour, side.axes.back(), unit_blocks};
+      };
       for (int64_t k = 0; k < n; ++k)
-        gather(from.memory, from_begin + from.slot[k], buffer.get() + k * tile, {1, length, 0, from.axes.back(), 0});
-      run_leaf<WalshHadamard<T>>(buffer.get(), n, tile, length, gains.data(), inverse);
+        gather(from.memory, from_at + begin * from.axes.back() + from.slot[k], buffer.get() + k * length, runs(from));
+      run_leaf<WalshHadamard<T>>(buffer.get(), n, length, gains.data(), inverse);
       for (int64_t k = 0; k < n; ++k)
-        scatter(buffer.get() + k * tile, to.memory, to_begin + to.slot[k], {1, length, 0, to.axes.back(), 0});
+        scatter(buffer.get() + k * length, to.memory, to_at + begin * to.axes.back() + to.slot[k], runs(to));
     }
   });
 }

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from hflow_fast import _extension, reference
-from hflow_fast._checks import check_haar, compute_dtype
+from hflow_fast._checks import check_haar, check_haar_options, compute_dtype
 from hflow_fast.ops._registration import format_of, register_autocast
 
 __all__ = ["haar"]
@@ -61,9 +61,9 @@ def haar(
         >>> haar(torch.tensor([[[[4.0, 2.0], [0.0, 2.0]]]]))[0].flatten()
         tensor([4., 0., 2., 2.])
     """
-    check_haar(x, levels, inverse, order, rebalance)
     if not _extension.has_kernel("haar", x.device):
         return reference.haar(x, levels=levels, inverse=inverse, order=order, rebalance=rebalance, mean=mean)
+    check_haar_options(order, rebalance)
     bands = 2 ** (x.dim() - 2)
     gain, average_gain = rebalance, bands**-0.5 if mean else 1.0
     if inverse:
