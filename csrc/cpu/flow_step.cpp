@@ -27,7 +27,7 @@ struct FlowStep {
   bool single_pixels;  // a tile holds whole samples of one pixel each
 
   FlowStep(const Tensor& x, const Tensor& raw, const CouplingPlan& plan, const CouplingOptions& options, MemoryFormat format)
-      : tiling(x, format, kTileElements),
+      : tiling(x, format, kTileElements, false),
         plan(plan),
         coupling(this->plan, options, Memory::of(x), Memory::of(raw)),
         x(Memory::of(x)),
@@ -94,47 +94,50 @@ template <class T>
 void forward(const FlowStep<T>& step, const T* weight, const T* bias, Memory y, T* log_det) {
   const Tiling& tiling = step.tiling;
   std::vector<double> partial(step.single_pixels ? step.plan.samples : tiling.tiles());
-  tiling.for_tiles([&](int64_t, int64_t offset, int64_t n) {
+  tiling.for_groups([&](int64_t group) {
     alignas(64) T rows[kTileElements], scratch[kTileElements];
-    step.couple(offset, n, rows, scratch, [&](int64_t begin, const T* log_scale, int64_t length) {
-      if (step.single_pixels) {
-        for (int64_t e = 0; e < length; e += tiling.channels) partial[step.first_sample(begin + e)] = sum(log_scale + e, tiling.channels);
-      } else {
-        partial[step.tile_index(offset)] += sum(log_scale, length);
-      }
+    tiling.for_tiles(group, [&](int64_t offset, int64_t n) {
+      step.couple(offset, n, rows, scratch, [&](int64_t begin, const T* log_scale, int64_t length) {
+        if (step.single_pixels) {
+          for (int64_t e = 0; e < length; e += tiling.channels)
+            partial[step.first_sample(begin + e)] = sum(log_scale + e, tiling.channels);
+        } else {
+          partial[step.tile_index(offset)] += sum(log_scale, length);
+        }
+      });
+      const Tile<T> out(tiling, y, offset, scratch);
+      run_leaf<Mix<T>>(static_cast<const T*>(rows), tiling.tile, out.rows, out.stride, n, tiling.channels, weight, bias);
+      out.store(tiling, y, offset, n, scratch);
     });
-    const Tile<T> out(tiling, y, offset, scratch);
-    run_leaf<Mix<T>>(static_cast<const T*>(rows), tiling.tile, out.rows, out.stride, n, tiling.channels, weight, bias);
-    out.store(tiling, y, offset, n, scratch);
   });
   const int64_t tiles = step.single_pixels ? 1 : tiling.tiles_per_sample();
   for (int64_t b = 0; b < step.plan.samples; ++b) {
-    double total = 0;
-    for (int64_t k = 0; k < tiles; ++k) total += partial[b * tiles + k];
-    log_det[b] = static_cast<T>(total);
+    const auto first = partial.begin() + b * tiles;
+    log_det[b] = static_cast<T>(std::accumulate(first, first + tiles, 0.0));
   }
 }
 
-// Writes grad_x and grad_raw; returns grad_weight followed by grad_bias, from partial sums per group added in order.
+// Writes grad_x and grad_raw; returns grad_weight followed by grad_bias.
 template <class T>
 std::vector<double> backward(const FlowStep<T>& step, const T* transposed, Memory grad_y, Memory grad_log_det, Memory grad_x,
                              Memory grad_raw) {
   const Tiling& tiling = step.tiling;
-  const int64_t channels = tiling.channels, size = channels * channels + channels;
-  const std::vector<T> zeros(channels);
-  std::vector<double> partial(tiling.groups() * size), total(size);
-  tiling.for_tiles([&](int64_t group, int64_t offset, int64_t n) {
+  const std::vector<T> zeros(tiling.channels);
+  GroupSums<T> sums(tiling);
+  tiling.for_groups([&](int64_t group) {
     alignas(64) T rows[kTileElements], scratch[kTileElements], grad_buffer[kTileElements], grad_rows[kTileElements];
-    step.couple(offset, n, rows, scratch, [](int64_t, const T*, int64_t) {});
-    const Tile<T> grad = Tile<T>::load(tiling, grad_y, offset, n, grad_buffer);
-    const T* g = grad.rows;
-    double* sums = partial.data() + group * size;
-    run_leaf<OuterProduct<T>>(g, grad.stride, static_cast<const T*>(rows), tiling.tile, n, channels, sums, sums + channels * channels);
-    run_leaf<Mix<T>>(g, grad.stride, static_cast<T*>(grad_rows), tiling.tile, n, channels, transposed, zeros.data());
-    step.couple_backward(offset, n, grad_rows, scratch, grad_log_det, grad_x, grad_raw);
+    std::vector<T> lanes = sums.lanes();
+    tiling.for_tiles(group, [&](int64_t offset, int64_t n) {
+      step.couple(offset, n, rows, scratch, [](int64_t, const T*, int64_t) {});
+      const Tile<T> grad = Tile<T>::load(tiling, grad_y, offset, n, grad_buffer);
+      const T *g = grad.rows, *u = rows;
+      run_leaf<OuterProduct<T>>(g, grad.stride, u, tiling.tile, n, tiling.channels, lanes.data());
+      run_leaf<Mix<T>>(g, grad.stride, static_cast<T*>(grad_rows), tiling.tile, n, tiling.channels, transposed, zeros.data());
+      step.couple_backward(offset, n, grad_rows, scratch, grad_log_det, grad_x, grad_raw);
+    });
+    sums.fold(group, lanes);
   });
-  for (size_t i = 0; i < partial.size(); ++i) total[i % size] += partial[i];
-  return total;
+  return sums.total();
 }
 
 void check(const Tensor& x, const Tensor& weight, const Tensor& bias) {
