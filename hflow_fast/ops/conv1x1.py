@@ -43,6 +43,8 @@ def conv1x1(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
         tensor([[2.5000, 3.0000]])
     """
     if not has_kernel("conv1x1", x.device) or x.dim() < 2 or x.shape[1] > _KERNEL_CHANNELS[x.device.type]:
+        if x.dtype in (torch.bfloat16, torch.float16) and torch.is_autocast_enabled(x.device.type):
+            x = x.float()  # as the kernel does: flow variables keep their precision
         return reference.conv1x1(x, weight, bias)
     if bias is None:
         bias = weight.new_zeros(x.shape[1])
