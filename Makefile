@@ -30,8 +30,9 @@ $(VENV)/install.stamp: $(VENV)/torch.stamp pyproject.toml setup.py $(shell find 
 	touch $@
 
 # The formulas that CPU and CUDA kernels share are also tested alone, in C++, where CMake is installed.
+# The tests' tensors are small: one thread is the fastest, on a busy machine by far.
 test: $(VENV)/install.stamp
-	$(BIN)/python -m pytest python_tests --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest python_tests --durations=10
 	if command -v cmake > /dev/null; then \
 	  cmake -S . -B build/cmake && cmake --build build/cmake --parallel $(MAX_JOBS) && \
 	  ctest --test-dir build/cmake --output-on-failure; \

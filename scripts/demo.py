@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -26,6 +27,9 @@ from hflow_fast.training.images import draw_samples, image_grid, reconstruct, sa
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402  (the backend has to be chosen first)
+
+# One processor is left to other programs: a thread that has to share its processor holds up all the others.
+THREADS = min(8, max(1, (os.cpu_count() or 1) - 1))
 
 
 def main() -> int:
@@ -55,14 +59,13 @@ def prepare(images: Path, resolution: int) -> Path:
 
 
 def train(config: str, data: Path, run: Path) -> None:
-    if (run / "config.json").is_file():
-        command("train", "--run", run, "--resume")
-    else:
-        command("train", "--config", config, "--data", data, "--run", run)
+    start = ("--resume",) if (run / "config.json").is_file() else ("--config", config, "--data", data)
+    command("train", "--run", run, *start, "--threads", THREADS)
 
 
 def measure(run: Path, dataset: ImageDataset) -> dict[str, Any]:
     """Draws the pictures of a trained run and returns its numbers."""
+    torch.set_num_threads(THREADS)
     model, config = load_model(run)
     bits = config["GENERAL"]["DISCRETIZATION_BITS"]
     everything = torch.arange(len(dataset.held_out))
