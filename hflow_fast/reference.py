@@ -206,8 +206,8 @@ def _haar_bands(x: torch.Tensor, gains: torch.Tensor, by_colour: bool) -> torch.
     dimensions = x.dim() - 2
     for bit in range(dimensions):  # after the channels comes one dimension of two bands per axis that is done
         even, odd = x.unflatten(2 + 2 * bit, (-1, 2)).unbind(3 + 2 * bit)
-        x = torch.stack([even + odd, even - odd], 2 + bit) * 0.5**0.5
-    bands = x.flatten(2, 1 + dimensions) * gains.reshape(-1, *(1,) * dimensions)
+        x = torch.stack([even + odd, even - odd], 2 + bit)
+    bands = x.flatten(2, 1 + dimensions) * (gains * 2 ** (-dimensions / 2)).reshape(-1, *(1,) * dimensions)
     return (bands if by_colour else bands.transpose(1, 2)).flatten(1, 2)
 
 
@@ -216,9 +216,9 @@ def _haar_pixels(y: torch.Tensor, gains: torch.Tensor, by_colour: bool) -> torch
     dimensions = y.dim() - 2
     count = 2**dimensions
     bands = y.unflatten(1, (-1, count)) if by_colour else y.unflatten(1, (count, -1)).transpose(1, 2)
-    bands = bands / gains.reshape(-1, *(1,) * dimensions)
+    bands = bands * (2 ** (-dimensions / 2) / gains).reshape(-1, *(1,) * dimensions)
     x = bands.unflatten(2, (2,) * dimensions)
     for bit in reversed(range(dimensions)):
         low, high = x.unbind(2 + bit)
-        x = torch.stack([low + high, low - high], 3 + 2 * bit).flatten(2 + 2 * bit, 3 + 2 * bit) * 0.5**0.5
+        x = torch.stack([low + high, low - high], 3 + 2 * bit).flatten(2 + 2 * bit, 3 + 2 * bit)
     return x

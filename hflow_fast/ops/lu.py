@@ -36,9 +36,9 @@ def lu(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         ValueError: ``weight`` is not a square matrix or a batch of them, or not of a floating dtype.
 
     Example:
-        >>> lu(torch.tensor([[0.0, 2.0], [-1.0, 0.0]]))
-        (tensor(0.6931), tensor([[ 0.0000, -1.0000],
-                [ 0.5000,  0.0000]]))
+        >>> lu(torch.tensor([[1.0, 2.0], [-1.0, 2.0]]))
+        (tensor(1.3863), tensor([[ 0.5000, -0.5000],
+                [ 0.2500,  0.2500]]))
     """
     if weight.dim() < 2 or weight.shape[-1] > _KERNEL_SIZE or not _extension.has_kernel("lu", weight.device):
         return reference.lu(weight)
