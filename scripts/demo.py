@@ -20,7 +20,7 @@ import torch
 from hflow_fast.configs import load_config
 from hflow_fast.data import ImageDataset, dequantize
 from hflow_fast.metrics import PixelGaussian, uniform_bits_per_dim
-from hflow_fast.training import load_model, read_metrics
+from hflow_fast.training import TrainConfig, load_model, read_metrics
 from hflow_fast.training.evaluation import held_out_bits_per_dim
 from hflow_fast.training.files import replacing
 from hflow_fast.training.images import draw_samples, image_grid, reconstruct, save_png
@@ -67,7 +67,8 @@ def measure(run: Path, dataset: ImageDataset) -> dict[str, Any]:
     """Draws the pictures of a trained run and returns its numbers."""
     torch.set_num_threads(THREADS)
     model, config = load_model(run)
-    bits = config["GENERAL"]["DISCRETIZATION_BITS"]
+    checked = TrainConfig.from_config(config)
+    bits = checked.general.discretization_bits
     everything = torch.arange(len(dataset.held_out))
     gaussian = PixelGaussian.fit(dataset.train, bits)
     metrics = {
@@ -81,7 +82,7 @@ def measure(run: Path, dataset: ImageDataset) -> dict[str, Any]:
     records = [record for record in read_metrics(run / "metrics.jsonl") if "loss" in record]
     metrics |= {"steps": records[-1]["step"], "training_seconds": records[-1]["seconds"]}
 
-    samples = draw_samples(model, 64, std=config["OUTPUT"]["SAMPLE_BASE_SIGMA"], seed=0)
+    samples = draw_samples(model, 64, std=checked.output.sample_base_sigma, seed=0)
     save_png(image_grid(samples, 8), run / "samples.png")
     images = dequantize(dataset.held_out[everything[:8]], bits=bits, generator=torch.Generator().manual_seed(0))
     save_png(image_grid(reconstruct(model, images), 8), run / "reconstructions.png")
