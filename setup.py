@@ -1,6 +1,7 @@
 """Builds ``hflow_fast._C``, a stable-ABI torch extension: one build loads on torch 2.11 and later.
 
-Environment: HFLOW_FAST_CUDA=0|1 overrides the choice of CUDA, TORCH_CUDA_ARCH_LIST the architectures, CXX the compiler, MAX_JOBS the parallelism.
+Environment: HFLOW_FAST_CUDA=0|1 overrides the choice of CUDA, TORCH_CUDA_ARCH_LIST the architectures, CXX the compiler,
+MAX_JOBS the number of compilations at a time.
 """
 
 from __future__ import annotations
@@ -67,9 +68,13 @@ def wants_cuda() -> bool:
 
 def write_build_stamp(cuda: bool) -> Path:
     """What build_info() reports, in a header of its own so that a new commit recompiles one file only."""
-    git = subprocess.run(
-        ["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    ) if shutil.which("git") else None
+    git = (
+        subprocess.run(
+            ["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        if shutil.which("git")
+        else None
+    )
     commit = git.stdout.strip() if git and git.returncode == 0 else "unknown"
     archs = os.environ["TORCH_CUDA_ARCH_LIST"] if cuda else "none"
     text = (

@@ -126,7 +126,9 @@ def _commit() -> str:
     """The commit of the working tree that is timed, "+" where it has changes; the build's where there is no git."""
     here = Path(__file__).parent
     try:
-        commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short=12", "HEAD"], cwd=here, capture_output=True, text=True, check=True
+        )
         changes = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return build_info().get("git_commit", "unknown")

@@ -1,6 +1,6 @@
 """Every op beside plain PyTorch (hflow_fast.reference), forward and forward + backward, in one run.
 
-python benchmarks/bench_ops.py [--ops coupling flow_step] [--repeats 30] [--threads 2] [--device cuda] [--results DIR | --dry-run]
+python benchmarks/bench_ops.py [--ops coupling flow_step] [--repeats 30] [--threads 2] [--device cuda] [--dry-run]
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ GLOW = CouplingSpec("sigmoid", form="add_scale", active="channels")
 MATRICES = [(28, 4, 4), (28, 8, 8), (16, 48, 48)]  # A-128 has 28 small 1 × 1s
 
 
-def arguments(op: str, shape: Sequence[int], model: str, device: torch.device) -> tuple[list[Tensor], tuple[CouplingSpec, ...]]:
+def arguments(
+    op: str, shape: Sequence[int], model: str, device: torch.device
+) -> tuple[list[Tensor], tuple[CouplingSpec, ...]]:
     """The tensors and options ``op`` is timed with."""
     generator = torch.Generator().manual_seed(0)
 
@@ -80,7 +82,9 @@ def cases(selected: Sequence[str], device: torch.device) -> Iterator[Case]:
             for shape in sizes:
                 if op == "haar" and shape[2] < 2:
                     continue
-                tensors, options = arguments(op, shape, model, device) if op != "lu" else ([torch.randn(shape, device=device)], ())
+                tensors, options = (
+                    arguments(op, shape, model, device) if op != "lu" else ([torch.randn(shape, device=device)], ())
+                )
                 name = f"{model} {'×'.join(map(str, shape))}".strip()
                 for work, timed in (("forward", forward), ("forward + backward", forward_backward)):
                     sides = (timed(getattr(module, op), tensors, options) for module in (ops, reference))
@@ -94,7 +98,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=30, help="interleaved repeats of each side")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", help="folder of the CSV files")
+    parser.add_argument(
+        "--results", type=Path, default=Path(__file__).parent / "results", help="folder of the CSV files"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print only")
     options = parser.parse_args()
     if options.repeats < 1 or options.threads < 1:

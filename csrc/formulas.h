@@ -1,15 +1,15 @@
 // The scalar math of the ops, host and device: written once, used by the CPU and the CUDA kernels.
 //
-// A coupling multiplies by a(s) = e^λ(s) and adds a shift, both from a network's raw output. Each scale map is one block:
-// the scale in the evaluated direction (sign = +1: a, −1: 1/a), its logarithm λ, and the derivative λ'(s). No branch on a
-// run-time option stands in the math: compilers do not vectorise a loop around one.
+// A coupling multiplies by a(s) = e^λ(s) and adds a shift, both from a network's raw output. Each scale map is one
+// block: the scale in the evaluated direction (sign = +1: a, −1: 1/a), its logarithm λ, and the derivative λ'(s). No
+// branch on a run-time option stands in the math: compilers do not vectorise a loop around one.
 #pragma once
 
 #include "common/vector_math.h"
 
 namespace hflow {
 
-// ---- Hard clip to [−limit, limit]; its derivative, like torch.clamp's, counts the boundary as inside. NaN stays NaN. ----
+// ---- Hard clip to [−limit, limit]. As in torch.clamp the boundary counts as inside, and NaN stays NaN. ----
 
 template <class T>
 HFLOW_HD T clip(T x, T limit) {
@@ -132,8 +132,8 @@ inline void visit_scale_map(ScaleMap map, const F& f) {
 
 // ---- One element of an affine coupling ----
 
-// Every form and direction is one of two: (x + τ)·α where the shift comes before the scale, x·α + τ where it comes after,
-// with τ = ±clip(t) and α = a or 1/a.
+// Every form and direction is one of two: (x + τ)·α where the shift comes before the scale, x·α + τ where it comes
+// after, with τ = ±clip(t) and α = a or 1/a.
 //   forward:  scale·x + shift: after, +   (x + shift)·scale: before, +   (x − shift)·scale: before, −
 //   inverse:  (x − shift)/scale: before, −   x/scale − shift: after, −   x/scale + shift: after, +
 enum class Form : int { scale_shift, add_scale, subtract_scale };
@@ -162,8 +162,8 @@ HFLOW_HD void couple(T x, T s, T t, const CouplingParameters<T>& p, T& y, T& log
 }
 
 template <class Map, bool ShiftBefore, class T>
-HFLOW_HD void couple_backward(
-    T x, T s, T t, T grad_y, T grad_log_det, const CouplingParameters<T>& p, T& grad_x, T& grad_s, T& grad_t) {
+HFLOW_HD void couple_backward(T x, T s, T t, T grad_y, T grad_log_det, const CouplingParameters<T>& p, T& grad_x,
+                              T& grad_s, T& grad_t) {
   const T shift = p.shift_sign * clip(t, p.shift_clamp);
   const T scale = Map::scale(s, p.clamp, p.sign);
   grad_x = grad_y * scale;

@@ -1,5 +1,5 @@
-// The schema of every op, one line each. Kernels register themselves in cpu/<op>.cpp and cuda/<op>.cu; fake, autograd and autocast
-// implementations are registered in Python (hflow_fast/ops/<op>.py).
+// The schema of every op, one line each. Kernels register themselves in cpu/<op>.cpp and cuda/<op>.cu; fake, autograd
+// and autocast implementations are registered in Python (hflow_fast/ops/<op>.py).
 #include <torch/csrc/stable/library.h>
 
 #include <pybind11/pybind11.h>
@@ -9,40 +9,50 @@
 #include "build_stamp.h"
 #include "common/isa.h"
 
+// How a coupling reads raw: the numbers of the enumerations in formulas.h and cpu/coupling_tile.h.
+#define COUPLING_OPTIONS                                                                                     \
+  "int scale_map, float clamp, float shift_clamp, int layout, int form, int active, int block, int parity, " \
+  "bool inverse"
+
+// clang-format off
 STABLE_TORCH_LIBRARY(hflow_fast, m) {
   m.def("actnorm_fwd(Tensor x, Tensor log_scale, Tensor bias, bool inverse) -> (Tensor y, Tensor log_det)");
   m.def("actnorm_bwd(Tensor x, Tensor log_scale, Tensor bias, Tensor grad_y, Tensor grad_log_det, bool inverse) -> (Tensor grad_x, Tensor grad_log_scale, Tensor grad_bias)");
   m.def("conv1x1_fwd(Tensor x, Tensor weight, Tensor bias) -> Tensor y");
   m.def("conv1x1_bwd(Tensor x, Tensor weight, Tensor bias, Tensor grad_y) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
   m.def("lu_fwd(Tensor weight) -> (Tensor log_abs_det, Tensor inverse)");
-  m.def("coupling_fwd(Tensor x, Tensor raw, int scale_map, float clamp, float shift_clamp, int layout, int form, int active, int block, int parity, bool inverse) -> (Tensor y, Tensor log_det)");
-  m.def("coupling_bwd(Tensor x, Tensor raw, Tensor grad_y, Tensor grad_log_det, int scale_map, float clamp, float shift_clamp, int layout, int form, int active, int block, int parity, bool inverse) -> (Tensor grad_x, Tensor grad_raw)");
-  m.def("flow_step_fwd(Tensor x, Tensor raw, Tensor weight, Tensor bias, int scale_map, float clamp, float shift_clamp, int layout, int form, int active, int block, int parity, bool inverse) -> (Tensor y, Tensor log_det)");
-  m.def("flow_step_bwd(Tensor x, Tensor raw, Tensor weight, Tensor bias, Tensor grad_y, Tensor grad_log_det, int scale_map, float clamp, float shift_clamp, int layout, int form, int active, int block, int parity, bool inverse) -> (Tensor grad_x, Tensor grad_raw, Tensor grad_weight, Tensor grad_bias)");
+  m.def("coupling_fwd(Tensor x, Tensor raw, " COUPLING_OPTIONS ") -> (Tensor y, Tensor log_det)");
+  m.def("coupling_bwd(Tensor x, Tensor raw, Tensor grad_y, Tensor grad_log_det, " COUPLING_OPTIONS ") -> (Tensor grad_x, Tensor grad_raw)");
+  m.def("flow_step_fwd(Tensor x, Tensor raw, Tensor weight, Tensor bias, " COUPLING_OPTIONS ") -> (Tensor y, Tensor log_det)");
+  m.def("flow_step_bwd(Tensor x, Tensor raw, Tensor weight, Tensor bias, Tensor grad_y, Tensor grad_log_det, " COUPLING_OPTIONS ") -> (Tensor grad_x, Tensor grad_raw, Tensor grad_weight, Tensor grad_bias)");
   m.def("haar_fwd(Tensor x, int levels, bool by_colour, float gain, float average_gain, bool inverse) -> Tensor y");
 }
+// clang-format on
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Kernels of hflow_fast; importing it registers torch.ops.hflow_fast.";
-  module.def("build_info", [] {
-    pybind11::dict info;
-    info["compiler"] = std::string(
+  module.def(
+      "build_info",
+      [] {
+        pybind11::dict info;
+        info["compiler"] = std::string(
 #if defined(__clang__)
-        "clang "
+            "clang "
 #else
-        "gcc "
+            "gcc "
 #endif
-        __VERSION__);
+            __VERSION__);
 #if defined(__x86_64__)
-    info["vector_widths"] = "avx512, avx2, baseline";
+        info["vector_widths"] = "avx512, avx2, baseline";
 #else
-    info["vector_widths"] = "baseline";
+        info["vector_widths"] = "baseline";
 #endif
-    info["vector_selected"] = hflow::isa_name(hflow::isa());
-    info["cuda_archs"] = HFLOW_CUDA_ARCHS;
-    info["torch_target"] = "2.11";
-    info["torch_build"] = HFLOW_BUILD_TORCH;
-    info["git_commit"] = HFLOW_GIT_COMMIT;
-    return info;
-  }, "What this build contains: compiler, vector widths compiled and the one in use, CUDA architectures, torch, commit.");
+        info["vector_selected"] = hflow::isa_name(hflow::isa());
+        info["cuda_archs"] = HFLOW_CUDA_ARCHS;
+        info["torch_target"] = "2.11";
+        info["torch_build"] = HFLOW_BUILD_TORCH;
+        info["git_commit"] = HFLOW_GIT_COMMIT;
+        return info;
+      },
+      "What this build contains: compiler, vector widths compiled and in use, CUDA architectures, torch, commit.");
 }

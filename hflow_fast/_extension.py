@@ -62,8 +62,8 @@ def _warn_once() -> None:
     if not _warned:
         _warned = True
         warnings.warn(
-            f"hflow_fast runs on its plain torch reference, which is correct but slow: {_MISSING}. To build the kernels, "
-            "install again with a C++ compiler: pip install --no-build-isolation .",
+            f"hflow_fast runs on its plain torch reference, which is correct but slow: {_MISSING}. "
+            "To build the kernels, install again with a C++ compiler: pip install --no-build-isolation .",
             RuntimeWarning,
             stacklevel=4,
         )

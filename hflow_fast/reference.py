@@ -1,8 +1,8 @@
 r"""The meaning of every operation in plain torch: oracle of the tests, and fallback where no kernel is built.
 
 One function per operation, with the name and the arguments of :mod:`hflow_fast.ops`. Computed in float64 for float64
-input and in float32 for everything else (also under autocast), rounded once to the dtype of the result; differentiable by
-torch's autograd. Read these functions to learn what an operation does; the kernels only do it faster.
+input and in float32 for everything else (also under autocast), rounded once to the dtype of the result;
+differentiable by torch's autograd. Read these functions to learn what an operation does; the kernels only do it faster.
 """
 
 from __future__ import annotations

@@ -33,10 +33,10 @@ inline void check_floating(const char* op, const char* name, const Tensor& tenso
     case ScalarType::Float:
     case ScalarType::Double:
     case ScalarType::BFloat16:
-    case ScalarType::Half:
-      return;
+    case ScalarType::Half: return;
     default:
-      fail(op, name, " must be float32, float64, bfloat16 or float16, got ", torch::headeronly::toString(tensor.scalar_type()));
+      fail(op, name, " must be float32, float64, bfloat16 or float16, got ",
+           torch::headeronly::toString(tensor.scalar_type()));
   }
 }
 
@@ -64,7 +64,9 @@ void check_shape(const char* op, const char* name, const Tensor& tensor, const i
 inline void check_like(const char* op, const char* name, const Tensor& tensor, const Tensor& x, int64_t channels) {
   bool same = tensor.dim() == x.dim();
   for (int64_t d = 0; same && d < x.dim(); ++d) same = tensor.size(d) == (d == 1 ? channels : x.size(d));
-  if (!same) fail(op, name, " must have the shape of x, ", shape_of(x), ", with ", channels, " channels, got ", shape_of(tensor));
+  if (!same)
+    fail(op, name, " must have the shape of x, ", shape_of(x), ", with ", channels, " channels, got ",
+         shape_of(tensor));
 }
 
 }  // namespace hflow

@@ -1,8 +1,8 @@
 // Vector width chosen at run time: a leaf is compiled for AVX-512, AVX2 and the baseline, and the processor picks.
 //
-// A leaf is a struct whose static `run` is always_inline and loops over plain pointers; the compiler vectorises the copy of
-// it inside each target-attributed wrapper. (GCC's target_clones refuses templates, hence the wrappers.) Loops over several
-// pointers say `#pragma GCC ivdep`: outputs never overlap inputs, so no run-time alias checks are needed.
+// A leaf is a struct whose static `run` is always_inline and loops over plain pointers; the compiler vectorises the
+// copy of it inside each target-attributed wrapper. (GCC's target_clones refuses templates, hence the wrappers.) Loops
+// over several pointers say `#pragma GCC ivdep`: outputs never overlap inputs, so no run-time alias checks are needed.
 #pragma once
 
 #include <cstdlib>
@@ -42,9 +42,7 @@ inline Isa isa() {
   return selected;
 }
 
-inline const char* isa_name(Isa isa) {
-  return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "baseline";
-}
+inline const char* isa_name(Isa isa) { return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "baseline"; }
 
 #if defined(__x86_64__)
 template <class Leaf, class... Args>

@@ -1,4 +1,5 @@
-// Reading and writing rows of float32, float64, bfloat16 or float16 memory as rows of the compute type T (float or double).
+// Reading and writing rows of float32, float64, bfloat16 or float16 memory as rows of the compute type T (float or
+// double).
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -105,8 +106,8 @@ template <class T>
 inline void gather(Memory from, int64_t offset, T* buffer, Runs runs) {
   visit_type(from.type, [&](auto s) {
     using S = decltype(s);
-    run_leaf<detail::Convert<T, S>>(static_cast<const S*>(from.data) + offset, buffer, runs.outer, runs.inner, runs.stride,
-                                    runs.step, runs.buffer_stride, int64_t{1});
+    run_leaf<detail::Convert<T, S>>(static_cast<const S*>(from.data) + offset, buffer, runs.outer, runs.inner,
+                                    runs.stride, runs.step, runs.buffer_stride, int64_t{1});
   });
 }
 
@@ -114,8 +115,8 @@ template <class T>
 inline void scatter(const T* buffer, Memory to, int64_t offset, Runs runs) {
   visit_type(to.type, [&](auto s) {
     using S = decltype(s);
-    run_leaf<detail::Convert<S, T>>(buffer, static_cast<S*>(to.data) + offset, runs.outer, runs.inner, runs.buffer_stride,
-                                    int64_t{1}, runs.stride, runs.step);
+    run_leaf<detail::Convert<S, T>>(buffer, static_cast<S*>(to.data) + offset, runs.outer, runs.inner,
+                                    runs.buffer_stride, int64_t{1}, runs.stride, runs.step);
   });
 }
 

@@ -1,8 +1,8 @@
 // exp, log, log1p, tanh and atan without branches, so that the compiler vectorises loops over them. float and double.
 //
-// libm's scalar calls are what -O3 leaves otherwise. Errors against float64 (measured by python_tests/ops/test_vector_math.py): at most 3 ulp.
-// Range reduction leaves |r| small enough for plain Taylor polynomials, whose coefficients a reader can check. On the
-// device the CUDA functions are used.
+// libm's scalar calls are what -O3 leaves otherwise. Errors against float64 (measured by
+// python_tests/ops/test_vector_math.py): at most 3 ulp. Range reduction leaves |r| small enough for plain Taylor
+// polynomials, whose coefficients a reader can check. On the device the CUDA functions are used.
 #pragma once
 
 #include <cmath>
@@ -25,10 +25,10 @@ template <>
 struct Traits<float> {
   using Int = int32_t;
   static constexpr int mantissa = 23, bias = 127;
-  static constexpr int exp_degree = 7, log_degree = 5, atan_degree = 9;  // Taylor remainder below half an ulp
-  static constexpr float round_magic = 12582912.0f;                       // 1.5·2²³: adding it rounds to an integer
-  static constexpr float exp_low = -104.0f, exp_high = 89.0f;             // beyond: 0 and inf
-  static constexpr float ln2_hi = 0.693359375f, ln2_lo = -2.12194440e-4f; // n·ln2_hi is exact
+  static constexpr int exp_degree = 7, log_degree = 5, atan_degree = 9;    // Taylor remainder below half an ulp
+  static constexpr float round_magic = 12582912.0f;                        // 1.5·2²³: adding it rounds to an integer
+  static constexpr float exp_low = -104.0f, exp_high = 89.0f;              // beyond: 0 and inf
+  static constexpr float ln2_hi = 0.693359375f, ln2_lo = -2.12194440e-4f;  // n·ln2_hi is exact
 };
 
 template <>
@@ -125,7 +125,8 @@ HFLOW_HD T expm1_nonpositive(T x) {
 #endif
 }
 
-// Natural logarithm of normal positive x; +inf and NaN are kept, 0 gives −inf, negative x gives NaN. Subnormals count as 0.
+// Natural logarithm of normal positive x; +inf and NaN are kept, 0 gives −inf, negative x gives NaN. Subnormals count
+// as 0.
 template <class T>
 HFLOW_HD T log(T x) {
 #if defined(__CUDA_ARCH__)
@@ -136,7 +137,7 @@ HFLOW_HD T log(T x) {
   // x = 2ᵉ·m with m in [√½, √2): subtracting the bits of √½ makes the exponent field count from there.
   const Int offset = bits<Int>(x) - bits<Int>(T(0.70710678118654752440));
   const Int e = offset >> R::mantissa;
-  const T m = bits<T>(bits<Int>(x) - static_cast<Int>(static_cast<std::make_unsigned_t<Int>>(e) << R::mantissa));
+  const T m = bits<T>(bits<Int>(x) - static_cast<Int>(static_cast<std::make_unsigned_t<Int> >(e) << R::mantissa));
   const T d = m - T(1);
   const T f = d / (d + T(2));  // log m = 2·atanh f
   const T z = f * f;

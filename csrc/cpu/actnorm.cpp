@@ -1,8 +1,8 @@
 // actnorm on the CPU: y = x·e^s + b per channel, its inverse and backward.
 //
-// Threads: chunks of about 16 Ki elements. Bytes: one read and one write of x forward; two reads and one write backward.
-// Long channel rows (contiguous) take one scalar scale per row. Short rows and channels_last, where the channel changes
-// from element to element, walk a per-element pattern of scales that repeats every sample or pixel.
+// Threads: chunks of about 16 Ki elements. Bytes: one read and one write of x forward; two reads and one write
+// backward. Long channel rows (contiguous) take one scalar scale per row. Short rows and channels_last, where the
+// channel changes from element to element, walk a per-element pattern of scales that repeats every sample or pixel.
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
@@ -18,9 +18,9 @@
 namespace hflow {
 namespace {
 
-constexpr int64_t kTile = 1024;       // elements converted at a time: buffers stay in L1
+constexpr int64_t kTile = 1024;         // elements converted at a time: buffers stay in L1
 constexpr int64_t kChunk = 16 * kTile;  // elements per unit of work
-constexpr int64_t kLongRow = 64;      // rows at least this long are worth a call of their own
+constexpr int64_t kLongRow = 64;        // rows at least this long are worth a call of their own
 
 // y = (x − center)·scale + shift: both directions, since one of center and shift is zero.
 template <class T>
@@ -36,7 +36,8 @@ struct ChannelAffine {
   }
 
   // Element e takes the values of channel (e / run) % channels.
-  ChannelAffine(const ChannelAffine& channels, int64_t run, int64_t length) : scale(length), center(length), shift(length) {
+  ChannelAffine(const ChannelAffine& channels, int64_t run, int64_t length)
+      : scale(length), center(length), shift(length) {
     for (int64_t e = 0; e < length; ++e) {
       const int64_t c = (e / run) % static_cast<int64_t>(channels.scale.size());
       scale[e] = channels.scale[c], center[e] = channels.center[c], shift[e] = channels.shift[c];
@@ -91,7 +92,10 @@ struct Plan {
   bool by_rows;
 
   Plan(const Tensor& x, MemoryFormat format)
-      : channels(x.size(1)), run(format == MemoryFormat::ChannelsLast ? 1 : pixels_of(x)), total(x.numel()), by_rows(run >= kLongRow) {}
+      : channels(x.size(1)),
+        run(format == MemoryFormat::ChannelsLast ? 1 : pixels_of(x)),
+        total(x.numel()),
+        by_rows(run >= kLongRow) {}
 
   int64_t period() const { return run * channels; }
   int64_t chunks_per_row() const { return (run + kChunk - 1) / kChunk; }
@@ -127,7 +131,8 @@ void forward(const Plan& plan, const ChannelAffine<T>& affine, Memory x, Memory 
     parallel_units(row_units(plan), std::min(plan.run, kChunk), [&](int64_t unit) {
       alignas(64) T in[kTile], out[kTile];
       for_row_tiles(plan, unit, [&](int64_t c, int64_t offset, int64_t n) {
-        run_leaf<RowForward<T>>(load(x, offset, n, in), target(y, offset, out), n, affine.scale[c], affine.center[c], affine.shift[c]);
+        run_leaf<RowForward<T>>(load(x, offset, n, in), target(y, offset, out), n, affine.scale[c], affine.center[c],
+                                affine.shift[c]);
         store(out, y, offset, n);
       });
     });
@@ -159,7 +164,8 @@ ChannelSums backward(const Plan& plan, const ChannelAffine<T>& affine, Memory x,
       alignas(64) T in[kTile], grad[kTile], out[kTile], product[kTile];
       for_row_tiles(plan, unit, [&](int64_t c, int64_t offset, int64_t n) {
         const T* g = load(grad_y, offset, n, grad);
-        run_leaf<RowBackward<T>>(load(x, offset, n, in), g, target(grad_x, offset, out), product, n, affine.scale[c], affine.center[c]);
+        run_leaf<RowBackward<T>>(load(x, offset, n, in), g, target(grad_x, offset, out), product, n, affine.scale[c],
+                                 affine.center[c]);
         store(out, grad_x, offset, n);
         partial[2 * unit] += sum(g, n);
         partial[2 * unit + 1] += sum(product, n);
@@ -180,7 +186,8 @@ ChannelSums backward(const Plan& plan, const ChannelAffine<T>& affine, Memory x,
     T* grad_sum = partial.data() + 2 * width * unit;
     for_pattern_tiles(plan, unit, [&](int64_t p, int64_t offset, int64_t n) {
       run_leaf<PatternBackward<T>>(load(x, offset, n, in), load(grad_y, offset, n, grad), target(grad_x, offset, out),
-                                   grad_sum + p, grad_sum + width + p, n, pattern.scale.data() + p, pattern.center.data() + p);
+                                   grad_sum + p, grad_sum + width + p, n, pattern.scale.data() + p,
+                                   pattern.center.data() + p);
       store(out, grad_x, offset, n);
     });
   });
@@ -211,19 +218,22 @@ void check(const Tensor& x, const Tensor& log_scale, const Tensor& bias) {
 std::tuple<Tensor, Tensor> actnorm_fwd(Tensor x, Tensor log_scale, Tensor bias, bool inverse) {
   check(x, log_scale, bias);
   const MemoryFormat format = format_of(x);
-  x = as_format(x, format), log_scale = as_format(log_scale, MemoryFormat::Contiguous), bias = as_format(bias, MemoryFormat::Contiguous);
+  x = as_format(x, format), log_scale = as_format(log_scale, MemoryFormat::Contiguous),
+  bias = as_format(bias, MemoryFormat::Contiguous);
   Tensor y = empty_in(x, format);
   Tensor log_det = empty(x, {x.size(0)}, compute_type(x.scalar_type()));
   visit_compute_type(x.scalar_type(), [&](auto t) {
     using T = decltype(t);
-    if (x.numel() > 0) forward<T>(Plan(x, format), ChannelAffine<T>(log_scale, bias, inverse), Memory::of(x), Memory::of(y));
+    if (x.numel() > 0)
+      forward<T>(Plan(x, format), ChannelAffine<T>(log_scale, bias, inverse), Memory::of(x), Memory::of(y));
     const double value = static_cast<double>(pixels_of(x)) * total_of(log_scale);
     std::fill_n(static_cast<T*>(log_det.data_ptr()), x.size(0), static_cast<T>(inverse ? -value : value));
   });
   return {y, log_det};
 }
 
-std::tuple<Tensor, Tensor, Tensor> actnorm_bwd(Tensor x, Tensor log_scale, Tensor bias, Tensor grad_y, Tensor grad_log_det, bool inverse) {
+std::tuple<Tensor, Tensor, Tensor> actnorm_bwd(Tensor x, Tensor log_scale, Tensor bias, Tensor grad_y,
+                                               Tensor grad_log_det, bool inverse) {
   check(x, log_scale, bias);
   check_floating("actnorm", "grad_y", grad_y);
   check_floating("actnorm", "grad_log_det", grad_log_det);
@@ -234,13 +244,15 @@ std::tuple<Tensor, Tensor, Tensor> actnorm_bwd(Tensor x, Tensor log_scale, Tenso
   log_scale = as_format(log_scale, MemoryFormat::Contiguous), bias = as_format(bias, MemoryFormat::Contiguous);
   grad_log_det = as_format(grad_log_det, MemoryFormat::Contiguous);
   Tensor grad_x = empty_in(x, format);
-  Tensor grad_log_scale = empty_in(log_scale, MemoryFormat::Contiguous), grad_bias = empty_in(bias, MemoryFormat::Contiguous);
+  Tensor grad_log_scale = empty_in(log_scale, MemoryFormat::Contiguous),
+         grad_bias = empty_in(bias, MemoryFormat::Contiguous);
   visit_compute_type(x.scalar_type(), [&](auto t) {
     using T = decltype(t);
     const int64_t channels = x.size(1);
     const ChannelAffine<T> affine(log_scale, bias, inverse);
     ChannelSums sums{std::vector<double>(channels), std::vector<double>(channels)};
-    if (x.numel() > 0) sums = backward<T>(Plan(x, format), affine, Memory::of(x), Memory::of(grad_y), Memory::of(grad_x));
+    if (x.numel() > 0)
+      sums = backward<T>(Plan(x, format), affine, Memory::of(x), Memory::of(grad_y), Memory::of(grad_x));
     const double from_log_det = static_cast<double>(pixels_of(x)) * total_of(grad_log_det);
     for (int64_t c = 0; c < channels; ++c) {
       const double scale = affine.scale[c];

@@ -1,7 +1,7 @@
 // The channel affine y = W x + b of a tile, shared by conv1x1.cpp and flow_step.cpp: up to 32 channels.
 //
-// A tile is channels × pixels, as rows of pixels in L1: output rows are sums of weighted input rows, which vectorises over
-// pixels for any number of channels. Interleaved memory (channels_last) is transposed into that shape and back.
+// A tile is channels × pixels, as rows of pixels in L1: output rows are sums of weighted input rows, which vectorises
+// over pixels for any number of channels. Interleaved memory (channels_last) is transposed into that shape and back.
 #pragma once
 
 #include <algorithm>
@@ -15,7 +15,8 @@
 namespace hflow {
 
 inline constexpr int64_t kMaxMixChannels = 32;
-inline constexpr int64_t kGroupPixels = 2048;  // enough work beside folding a group's partial sums of the weight gradient
+inline constexpr int64_t kGroupPixels =
+    2048;  // enough work beside folding a group's partial sums of the weight gradient
 inline constexpr int64_t kMaxGroups = 64;
 
 // O output rows: out[o] = Σ_g w[o][g]·x[g] over G input rows, plus `start` or what out already holds.
@@ -35,8 +36,8 @@ HFLOW_LEAF void add_rows(const T* __restrict x, int64_t x_stride, const T* w, in
 template <class T>
 struct Mix {
   template <int O, bool Start>
-  HFLOW_LEAF int64_t add_up_to_four(int64_t rows, const T* x, int64_t x_stride, const T* w, int64_t w_stride, const T* start,
-                                    T* out, int64_t out_stride, int64_t n) {
+  HFLOW_LEAF int64_t add_up_to_four(int64_t rows, const T* x, int64_t x_stride, const T* w, int64_t w_stride,
+                                    const T* start, T* out, int64_t out_stride, int64_t n) {
     switch (rows) {
       case 1: add_rows<O, 1, Start>(x, x_stride, w, w_stride, start, out, out_stride, n); return 1;
       case 2: add_rows<O, 2, Start>(x, x_stride, w, w_stride, start, out, out_stride, n); return 2;
@@ -46,15 +47,15 @@ struct Mix {
   }
 
   template <int O>
-  HFLOW_LEAF void outputs(const T* x, int64_t x_stride, const T* w, const T* bias, int64_t channels, T* y, int64_t y_stride,
-                          int64_t n) {
+  HFLOW_LEAF void outputs(const T* x, int64_t x_stride, const T* w, const T* bias, int64_t channels, T* y,
+                          int64_t y_stride, int64_t n) {
     int64_t c = add_up_to_four<O, true>(channels, x, x_stride, w, channels, bias, y, y_stride, n);
     while (c < channels)
       c += add_up_to_four<O, false>(channels - c, x + c * x_stride, x_stride, w + c, channels, bias, y, y_stride, n);
   }
 
-  HFLOW_LEAF void run(const T* x, int64_t x_stride, T* y, int64_t y_stride, int64_t n, int64_t channels, const T* weight,
-                      const T* bias) {
+  HFLOW_LEAF void run(const T* x, int64_t x_stride, T* y, int64_t y_stride, int64_t n, int64_t channels,
+                      const T* weight, const T* bias) {
     int64_t o = 0;
     for (; o + 2 <= channels; o += 2)
       outputs<2>(x, x_stride, weight + o * channels, bias + o, channels, y + o * y_stride, y_stride, n);
@@ -62,7 +63,8 @@ struct Mix {
   }
 };
 
-// Sums over pixels stay sums of every 16th pixel until their group of tiles ends: such loops vectorise without reassociation.
+// Sums over pixels stay sums of every 16th pixel until their group of tiles ends: such loops vectorise without
+// reassociation.
 inline constexpr int64_t kLanes = 16;
 
 // sums[o][c] += Σ g[o]·x[c] over a tile's pixels, lane by lane; then sums[channels][o] += Σ g[o].
@@ -80,7 +82,8 @@ struct OuterProduct {
         a[j] += value * xa[p + j], b[j] += value * xb[p + j], c[j] += value * xc[p + j], d[j] += value * xd[p + j];
       }
     }
-    for (int j = 0; p < n; ++p, ++j) a[j] += g[p] * xa[p], b[j] += g[p] * xb[p], c[j] += g[p] * xc[p], d[j] += g[p] * xd[p];
+    for (int j = 0; p < n; ++p, ++j)
+      a[j] += g[p] * xa[p], b[j] += g[p] * xb[p], c[j] += g[p] * xc[p], d[j] += g[p] * xd[p];
     for (int j = 0; j < kLanes; ++j) sums[0][j] = a[j], sums[1][j] = b[j], sums[2][j] = c[j], sums[3][j] = d[j];
   }
 
@@ -94,7 +97,8 @@ struct OuterProduct {
     for (int j = 0; j < kLanes; ++j) sums[j] = a[j];
   }
 
-  HFLOW_LEAF void run(const T* g, int64_t g_stride, const T* x, int64_t x_stride, int64_t n, int64_t channels, T* sums) {
+  HFLOW_LEAF void run(const T* g, int64_t g_stride, const T* x, int64_t x_stride, int64_t n, int64_t channels,
+                      T* sums) {
     T discarded[kLanes] = {};
     for (int64_t o = 0; o < channels; ++o) {
       for (int64_t c = 0; c < channels; c += 4) {
@@ -174,12 +178,15 @@ struct Tile {
   }
 };
 
-// The gradients of weight and bias: per group 16 lanes for every sum, folded when the group ends, groups added in order.
+// The gradients of weight and bias: per group 16 lanes for every sum, folded when the group ends, groups added in
+// order.
 template <class T>
 class GroupSums {
  public:
   GroupSums(const Tiling& tiling)
-      : groups_(tiling.groups()), size_(tiling.channels * tiling.channels + tiling.channels), partial_(groups_ * size_) {}
+      : groups_(tiling.groups()),
+        size_(tiling.channels * tiling.channels + tiling.channels),
+        partial_(groups_ * size_) {}
 
   std::vector<T> lanes() const { return std::vector<T>(size_ * kLanes); }
 

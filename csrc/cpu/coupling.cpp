@@ -1,8 +1,8 @@
 // coupling on the CPU, forward, inverse and backward.
 //
-// Threads: units of about 8 Ki elements of x, whole samples where those are smaller. Bytes: one read of x and raw and one
-// write of y forward; backward reads x, raw and grad_y and writes grad_x and grad_raw. The log-det is summed in the same
-// pass: per tile in lanes, per unit in double, over the units of a sample in order.
+// Threads: units of about 8 Ki elements of x, whole samples where those are smaller. Bytes: one read of x and raw and
+// one write of y forward; backward reads x, raw and grad_y and writes grad_x and grad_raw. The log-det is summed in the
+// same pass: per tile in lanes, per unit in double, over the units of a sample in order.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
@@ -26,7 +26,9 @@ struct Units {
     units_per_sample = sample <= kElements ? 1 : (sample + length - 1) / length;
   }
 
-  int64_t count() const { return units_per_sample > 1 ? samples * units_per_sample : (samples + samples_per_unit - 1) / samples_per_unit; }
+  int64_t count() const {
+    return units_per_sample > 1 ? samples * units_per_sample : (samples + samples_per_unit - 1) / samples_per_unit;
+  }
 
   // f(first element, elements) for the tiles of a unit; a tile holds whole samples or a part of one.
   template <class F>
@@ -64,7 +66,8 @@ void forward(const CouplingPlan& plan, const CouplingOptions& options, Memory x,
       if (units.units_per_sample > 1) {
         partial[unit] += sum(log_scale, n);
       } else {
-        for (int64_t e = 0; e < n; e += plan.sample) partial[(begin + e) / plan.sample] += sum(log_scale + e, std::min(plan.sample, n - e));
+        for (int64_t e = 0; e < n; e += plan.sample)
+          partial[(begin + e) / plan.sample] += sum(log_scale + e, std::min(plan.sample, n - e));
       }
     });
   });
@@ -76,8 +79,8 @@ void forward(const CouplingPlan& plan, const CouplingOptions& options, Memory x,
 }
 
 template <class T>
-void backward(const CouplingPlan& plan, const CouplingOptions& options, Memory x, Memory raw, Memory grad_y, Memory grad_log_det,
-              Memory grad_x, Memory grad_raw) {
+void backward(const CouplingPlan& plan, const CouplingOptions& options, Memory x, Memory raw, Memory grad_y,
+              Memory grad_log_det, Memory grad_x, Memory grad_raw) {
   const CouplingTile<T> tile(plan, options, x, raw);
   const Units units(plan, tile.tile());
   parallel_units(units.count(), units.length, [&](int64_t unit) {
@@ -94,9 +97,11 @@ void backward(const CouplingPlan& plan, const CouplingOptions& options, Memory x
   });
 }
 
-std::tuple<Tensor, Tensor> coupling_fwd(Tensor x, Tensor raw, int64_t scale_map, double clamp, double shift_clamp, int64_t layout,
-                                        int64_t form, int64_t active, int64_t block, int64_t parity, bool inverse) {
-  const CouplingOptions options("coupling", scale_map, clamp, shift_clamp, layout, form, active, block, parity, inverse);
+std::tuple<Tensor, Tensor> coupling_fwd(Tensor x, Tensor raw, int64_t scale_map, double clamp, double shift_clamp,
+                                        int64_t layout, int64_t form, int64_t active, int64_t block, int64_t parity,
+                                        bool inverse) {
+  const CouplingOptions options("coupling", scale_map, clamp, shift_clamp, layout, form, active, block, parity,
+                                inverse);
   const MemoryFormat format = format_of(x);
   const CouplingPlan plan("coupling", x, raw, options, format);
   x = as_format(x, format), raw = as_format(raw, format);
@@ -105,16 +110,19 @@ std::tuple<Tensor, Tensor> coupling_fwd(Tensor x, Tensor raw, int64_t scale_map,
   visit_compute_type(x.scalar_type(), [&](auto t) {
     using T = decltype(t);
     T* values = static_cast<T*>(log_det.data_ptr());
-    if (x.numel() == 0) std::fill_n(values, x.size(0), T(0));
-    else forward<T>(plan, options, Memory::of(x), Memory::of(raw), Memory::of(y), values);
+    if (x.numel() == 0)
+      std::fill_n(values, x.size(0), T(0));
+    else
+      forward<T>(plan, options, Memory::of(x), Memory::of(raw), Memory::of(y), values);
   });
   return {y, log_det};
 }
 
-std::tuple<Tensor, Tensor> coupling_bwd(Tensor x, Tensor raw, Tensor grad_y, Tensor grad_log_det, int64_t scale_map, double clamp,
-                                        double shift_clamp, int64_t layout, int64_t form, int64_t active, int64_t block,
-                                        int64_t parity, bool inverse) {
-  const CouplingOptions options("coupling", scale_map, clamp, shift_clamp, layout, form, active, block, parity, inverse);
+std::tuple<Tensor, Tensor> coupling_bwd(Tensor x, Tensor raw, Tensor grad_y, Tensor grad_log_det, int64_t scale_map,
+                                        double clamp, double shift_clamp, int64_t layout, int64_t form, int64_t active,
+                                        int64_t block, int64_t parity, bool inverse) {
+  const CouplingOptions options("coupling", scale_map, clamp, shift_clamp, layout, form, active, block, parity,
+                                inverse);
   const MemoryFormat format = format_of(x);
   const CouplingPlan plan("coupling", x, raw, options, format);
   check_floating("coupling", "grad_y", grad_y);

@@ -6,8 +6,8 @@
 
 namespace hflow {
 
-CouplingOptions::CouplingOptions(const char* op, int64_t map, double clamp, double shift_clamp, int64_t layout, int64_t form,
-                                 int64_t active, int64_t block, int64_t parity, bool inverse)
+CouplingOptions::CouplingOptions(const char* op, int64_t map, double clamp, double shift_clamp, int64_t layout,
+                                 int64_t form, int64_t active, int64_t block, int64_t parity, bool inverse)
     : map(static_cast<ScaleMap>(map)),
       clamp(clamp),
       shift_clamp(shift_clamp),
@@ -27,7 +27,8 @@ CouplingOptions::CouplingOptions(const char* op, int64_t map, double clamp, doub
   if (parity != 0 && parity != 1) fail(op, "parity must be 0 or 1, got ", parity);
 }
 
-CouplingPlan::CouplingPlan(const char* op, const Tensor& x, const Tensor& raw, const CouplingOptions& options, MemoryFormat format)
+CouplingPlan::CouplingPlan(const char* op, const Tensor& x, const Tensor& raw, const CouplingOptions& options,
+                           MemoryFormat format)
     : map(options.map), set(options.active), parity(options.parity) {
   check_flow_variable(op, "x", x);
   check_floating(op, "raw", raw);
@@ -35,13 +36,16 @@ CouplingPlan::CouplingPlan(const char* op, const Tensor& x, const Tensor& raw, c
     fail(op, "a spatial active set needs x of shape (B, C, L) or (B, C, H, W), got ", shape_of(x));
   }
   const int64_t channels = x.size(1), pixels = pixels_of(x);
-  const int64_t passive = set == ActiveSet::channels ? channels / 2 : set == ActiveSet::channels_ceil ? (channels + 1) / 2 : 0;
+  const int64_t passive = set == ActiveSet::channels        ? channels / 2
+                          : set == ActiveSet::channels_ceil ? (channels + 1) / 2
+                                                            : 0;
   const int64_t values = map == ScaleMap::none ? 1 : 2;  // raw values per active element
   const int64_t raw_channels = raw.dim() > 1 ? raw.size(1) : 0;
   const bool compact = raw_channels != values * channels;
   if (compact && raw_channels != values * (channels - passive)) {
     if (passive > 0) {
-      fail(op, "raw must have ", values * channels, " or ", values * (channels - passive), " channels, got ", shape_of(raw));
+      fail(op, "raw must have ", values * channels, " or ", values * (channels - passive), " channels, got ",
+           shape_of(raw));
     }
     fail(op, "raw must have ", values * channels, " channels, got ", shape_of(raw));
   }
@@ -49,7 +53,7 @@ CouplingPlan::CouplingPlan(const char* op, const Tensor& x, const Tensor& raw, c
 
   const bool channels_last = format == MemoryFormat::ChannelsLast;
   const bool interleaved = options.layout == Layout::interleaved || options.layout == Layout::interleaved_shift_first;
-  const int64_t inner = channels_last ? 1 : pixels;  // consecutive elements of one channel
+  const int64_t inner = channels_last ? 1 : pixels;       // consecutive elements of one channel
   const int64_t skipped = compact ? 0 : passive * inner;  // raw's elements that belong to passive channels, per value
   samples = x.size(0), sample = channels * pixels;
   period = channels * inner, lead = passive * inner, active = (channels - passive) * inner;
@@ -64,7 +68,8 @@ CouplingPlan::CouplingPlan(const char* op, const Tensor& x, const Tensor& raw, c
   } else {
     segment = inner, scale_at = 2 * skipped, shift_at = scale_at + inner;
   }
-  if (values == 2 && (options.layout == Layout::halves_shift_first || options.layout == Layout::interleaved_shift_first)) {
+  if (values == 2 &&
+      (options.layout == Layout::halves_shift_first || options.layout == Layout::interleaved_shift_first)) {
     std::swap(scale_at, shift_at);
   }
   block_shift = options.block == 8 ? 3 : options.block == 4 ? 2 : options.block == 2 ? 1 : 0;
@@ -77,7 +82,8 @@ namespace {
 
 template <class Map, bool ShiftBefore, class T>
 struct Forward {
-  HFLOW_LEAF void run(const T* x, const T* s, const T* t, const T* mask, T* y, T* log_scale, int64_t n, CouplingParameters<T> p) {
+  HFLOW_LEAF void run(const T* x, const T* s, const T* t, const T* mask, T* y, T* log_scale, int64_t n,
+                      CouplingParameters<T> p) {
 #pragma GCC ivdep
     for (int64_t i = 0; i < n; ++i) {
       T value, log_value;
@@ -91,8 +97,8 @@ struct Forward {
 
 template <class Map, bool ShiftBefore, class T>
 struct Backward {
-  HFLOW_LEAF void run(const T* x, const T* s, const T* t, const T* mask, const T* grad_y, const T* grad_log_det, T* grad_x,
-                      T* grad_s, T* grad_t, int64_t n, CouplingParameters<T> p) {
+  HFLOW_LEAF void run(const T* x, const T* s, const T* t, const T* mask, const T* grad_y, const T* grad_log_det,
+                      T* grad_x, T* grad_s, T* grad_t, int64_t n, CouplingParameters<T> p) {
 #pragma GCC ivdep
     for (int64_t i = 0; i < n; ++i) {
       T gx, gs, gt;
@@ -128,7 +134,9 @@ CouplingTile<T>::CouplingTile(const CouplingPlan& plan, const CouplingOptions& o
   mask_lines_.resize(2 * line);
   for (int64_t e = 0; e < 2 * line; ++e) {
     const int64_t j = e % line / plan.channel_stride;
-    const int64_t column = plan.set == ActiveSet::checkerboard ? j >> plan.block_shift : plan.set == ActiveSet::columns ? j >= plan.width / 2 : 0;
+    const int64_t column = plan.set == ActiveSet::checkerboard ? j >> plan.block_shift
+                           : plan.set == ActiveSet::columns    ? j >= plan.width / 2
+                                                               : 0;
     mask_lines_[e] = ((e / line + column) & 1) == plan.parity ? T(1) : T(0);
   }
 }
@@ -143,7 +151,9 @@ void CouplingTile<T>::fill_mask(int64_t begin, int64_t n, T* mask) const {
   const int64_t line = p.width * p.channel_stride;
   int64_t i = begin / line % p.height, j = begin % line;
   for (int64_t e = 0; e < n; j = 0, i = i + 1 == p.height ? 0 : i + 1) {
-    const int64_t row = p.set == ActiveSet::checkerboard ? i >> p.block_shift & 1 : p.set == ActiveSet::rows ? i >= p.height / 2 : 0;
+    const int64_t row = p.set == ActiveSet::checkerboard ? i >> p.block_shift & 1
+                        : p.set == ActiveSet::rows       ? i >= p.height / 2
+                                                         : 0;
     const int64_t length = std::min(n - e, line - j);
     std::copy_n(mask_lines_.data() + row * line + j, length, mask + e);
     e += length;
@@ -161,7 +171,8 @@ void CouplingTile<T>::for_raw_runs(int64_t begin, int64_t n, const F& f) const {
     return;
   }
   for (int64_t i = 0; i < count; ++i) {
-    f((first + i) * p.raw_period, i * p.period + p.lead, Runs{p.active / p.segment, p.segment, 2 * p.segment, 1, p.segment});
+    f((first + i) * p.raw_period, i * p.period + p.lead,
+      Runs{p.active / p.segment, p.segment, 2 * p.segment, 1, p.segment});
   }
 }
 
@@ -202,11 +213,13 @@ void CouplingTile<T>::for_segments(int64_t begin, int64_t n, const F& f) const {
 
 template <class T>
 void CouplingTile<T>::forward(int64_t begin, int64_t n, T* y, T* log_scale) const {
-  alignas(64) T x_buffer[kCouplingTile], s_buffer[kCouplingTile] = {}, t_buffer[kCouplingTile] = {}, mask[kCouplingTile];
+  alignas(64) T x_buffer[kCouplingTile], mask[kCouplingTile];
+  alignas(64) T s_buffer[kCouplingTile] = {}, t_buffer[kCouplingTile] = {};  // passive elements are gathered by nobody
   const T* x = load(x_, begin, n, x_buffer);
   fill_mask(begin, n, mask);
   const auto run = [&](int64_t e, int64_t length, const T* s, const T* t) {
-    run_coupling<Forward, T>(plan_.map, shift_before_, x + e, s, t, static_cast<const T*>(mask) + e, y + e, log_scale + e, length, parameters_);
+    run_coupling<Forward, T>(plan_.map, shift_before_, x + e, s, t, static_cast<const T*>(mask) + e, y + e,
+                             log_scale + e, length, parameters_);
   };
   if (gathers() && begin % plan_.period == 0 && n % plan_.period == 0) {
     gather_raw(begin, n, s_buffer, t_buffer);
@@ -220,21 +233,24 @@ void CouplingTile<T>::forward(int64_t begin, int64_t n, T* y, T* log_scale) cons
       std::fill_n(log_scale + e, length, T(0));
     } else {
       const T* t = load_step(raw_, plan_.shift_at + raw, length, plan_.raw_step, t_buffer);
-      const T* s = plan_.map == ScaleMap::none ? t : load_step(raw_, plan_.scale_at + raw, length, plan_.raw_step, s_buffer);
+      const T* s =
+          plan_.map == ScaleMap::none ? t : load_step(raw_, plan_.scale_at + raw, length, plan_.raw_step, s_buffer);
       run(e, length, s, t);
     }
   });
 }
 
 template <class T>
-void CouplingTile<T>::backward(int64_t begin, int64_t n, const T* grad_y, const T* grad_log_det, T* grad_x, Memory grad_raw) const {
-  alignas(64) T x_buffer[kCouplingTile], s_buffer[kCouplingTile] = {}, t_buffer[kCouplingTile] = {}, mask[kCouplingTile];
+void CouplingTile<T>::backward(int64_t begin, int64_t n, const T* grad_y, const T* grad_log_det, T* grad_x,
+                               Memory grad_raw) const {
+  alignas(64) T x_buffer[kCouplingTile], mask[kCouplingTile];
+  alignas(64) T s_buffer[kCouplingTile] = {}, t_buffer[kCouplingTile] = {};  // passive elements are gathered by nobody
   alignas(64) T grad_s[kCouplingTile], grad_t[kCouplingTile];
   const T* x = load(x_, begin, n, x_buffer);
   fill_mask(begin, n, mask);
   const auto run = [&](int64_t e, int64_t length, const T* s, const T* t, T* gs, T* gt) {
-    run_coupling<Backward, T>(plan_.map, shift_before_, x + e, s, t, static_cast<const T*>(mask) + e, grad_y + e, grad_log_det + e,
-                              grad_x + e, gs, gt, length, parameters_);
+    run_coupling<Backward, T>(plan_.map, shift_before_, x + e, s, t, static_cast<const T*>(mask) + e, grad_y + e,
+                              grad_log_det + e, grad_x + e, gs, gt, length, parameters_);
   };
   if (gathers() && begin % plan_.period == 0 && n % plan_.period == 0) {
     gather_raw(begin, n, s_buffer, t_buffer);

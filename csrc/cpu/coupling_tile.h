@@ -1,9 +1,10 @@
-// The coupling on a stretch of memory, shared by coupling.cpp and flow_step.cpp: which raw values meet which element of x.
+// The coupling on a stretch of memory, shared by coupling.cpp and flow_step.cpp: which raw values meet which element of
+// x.
 //
-// Both memory formats are one linear walk over x. Its `period` (a sample where contiguous, a pixel in channels_last) starts
-// with `lead` passive elements (a channel-half set) followed by active ones, whose scales and shifts lie in raw as
-// alternating runs of `segment` elements: [scale run][shift run] once per period for halves, once per channel row for
-// interleaved. Spatial sets are a 0/1 mask computed from the index.
+// Both memory formats are one linear walk over x. Its `period` (a sample where contiguous, a pixel in channels_last)
+// starts with `lead` passive elements (a channel-half set) followed by active ones, whose scales and shifts lie in raw
+// as alternating runs of `segment` elements: [scale run][shift run] once per period for halves, once per channel row
+// for interleaved. Spatial sets are a 0/1 mask computed from the index.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -29,14 +30,14 @@ struct CouplingOptions {
   int64_t block, parity;
   bool inverse;
 
-  CouplingOptions(const char* op, int64_t map, double clamp, double shift_clamp, int64_t layout, int64_t form, int64_t active,
-                  int64_t block, int64_t parity, bool inverse);
+  CouplingOptions(const char* op, int64_t map, double clamp, double shift_clamp, int64_t layout, int64_t form,
+                  int64_t active, int64_t block, int64_t parity, bool inverse);
 };
 
 struct CouplingPlan {
   ScaleMap map;
-  int64_t samples, sample;                        // x is `samples` × `sample` elements
-  int64_t period, lead, active, segment;          // in elements of x
+  int64_t samples, sample;                           // x is `samples` × `sample` elements
+  int64_t period, lead, active, segment;             // in elements of x
   int64_t raw_period, raw_step, scale_at, shift_at;  // in elements of raw; *_at is where a period's first value lies
   ActiveSet set;
   int64_t block_shift, parity, height, width, channel_stride;  // channel_stride: elements of x per pixel
@@ -45,7 +46,9 @@ struct CouplingPlan {
   CouplingPlan(const char* op, const Tensor& x, const Tensor& raw, const CouplingOptions& options, MemoryFormat format);
 
   bool spatial() const { return set == ActiveSet::checkerboard || set == ActiveSet::columns || set == ActiveSet::rows; }
-  bool ignores_raw() const { return raw_period > (map == ScaleMap::none ? 1 : 2) * active; }  // raw has passive channels
+  bool ignores_raw() const {
+    return raw_period > (map == ScaleMap::none ? 1 : 2) * active;
+  }  // raw has passive channels
 };
 
 inline constexpr int64_t kCouplingTile = 512;  // elements a tile function takes at most: its buffers stay in L1
@@ -61,7 +64,8 @@ class CouplingTile {
   // y and log-scales (0 where passive) of elements [begin, begin + n) of x.
   void forward(int64_t begin, int64_t n, T* y, T* log_scale) const;
 
-  // Gradients of the same elements; grad_log_det holds one value per element. Writes the raw gradients of active periods.
+  // Gradients of the same elements; grad_log_det holds one value per element. Writes the raw gradients of active
+  // periods.
   void backward(int64_t begin, int64_t n, const T* grad_y, const T* grad_log_det, T* grad_x, Memory grad_raw) const;
 
  private:

@@ -1,9 +1,9 @@
-// flow_step on the CPU: coupling, then y = W u + b per pixel, up to 32 channels, and its backward. (Python composes coupling
-// and matmul for more channels.)
+// flow_step on the CPU: coupling, then y = W u + b per pixel, up to 32 channels, and its backward. (Python composes
+// coupling and matmul for more channels.)
 //
-// Threads: fixed groups of consecutive tiles, of about 2 Ki elements each. Bytes: one read of x and raw and one write of y;
-// backward reads x, raw and grad_y, recomputes u, and writes grad_x and grad_raw. Between coupling and mixing a tile stays
-// in L1, as rows of pixels; channels_last memory is coupled in place and transposed there.
+// Threads: fixed groups of consecutive tiles, of about 2 Ki elements each. Bytes: one read of x and raw and one write
+// of y; backward reads x, raw and grad_y, recomputes u, and writes grad_x and grad_raw. Between coupling and mixing a
+// tile stays in L1, as rows of pixels; channels_last memory is coupled in place and transposed there.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
@@ -26,7 +26,8 @@ struct FlowStep {
   Memory x;
   bool single_pixels;  // a tile holds whole samples of one pixel each
 
-  FlowStep(const Tensor& x, const Tensor& raw, const CouplingPlan& plan, const CouplingOptions& options, MemoryFormat format)
+  FlowStep(const Tensor& x, const Tensor& raw, const CouplingPlan& plan, const CouplingOptions& options,
+           MemoryFormat format)
       : tiling(x, format, kTileElements, false),
         plan(plan),
         coupling(this->plan, options, Memory::of(x), Memory::of(raw)),
@@ -56,7 +57,8 @@ struct FlowStep {
     }
   }
 
-  // u, the coupled x, as rows; on_log_scale(elements before in the stretch's sample order, values, n) sees the log-scales.
+  // u, the coupled x, as rows; on_log_scale(elements before in the stretch's sample order, values, n) sees the
+  // log-scales.
   template <class F>
   void couple(int64_t offset, int64_t n, T* rows, T* scratch, const F& on_log_scale) const {
     alignas(64) T log_scale[kCouplingTile];
@@ -69,7 +71,8 @@ struct FlowStep {
   }
 
   // grad_x and grad_raw from grad_u in rows.
-  void couple_backward(int64_t offset, int64_t n, const T* rows, T* scratch, Memory grad_log_det, Memory grad_x, Memory grad_raw) const {
+  void couple_backward(int64_t offset, int64_t n, const T* rows, T* scratch, Memory grad_log_det, Memory grad_x,
+                       Memory grad_raw) const {
     alignas(64) T per_element[kCouplingTile], out[kCouplingTile];
     const T* grad_u = rows;
     if (interleaved()) {
@@ -106,7 +109,8 @@ void forward(const FlowStep<T>& step, const T* weight, const T* bias, Memory y, 
         }
       });
       const Tile<T> out(tiling, y, offset, scratch);
-      run_leaf<Mix<T>>(static_cast<const T*>(rows), tiling.tile, out.rows, out.stride, n, tiling.channels, weight, bias);
+      run_leaf<Mix<T>>(static_cast<const T*>(rows), tiling.tile, out.rows, out.stride, n, tiling.channels, weight,
+                       bias);
       out.store(tiling, y, offset, n, scratch);
     });
   });
@@ -119,8 +123,8 @@ void forward(const FlowStep<T>& step, const T* weight, const T* bias, Memory y, 
 
 // Writes grad_x and grad_raw; returns grad_weight followed by grad_bias.
 template <class T>
-std::vector<double> backward(const FlowStep<T>& step, const T* transposed, Memory grad_y, Memory grad_log_det, Memory grad_x,
-                             Memory grad_raw) {
+std::vector<double> backward(const FlowStep<T>& step, const T* transposed, Memory grad_y, Memory grad_log_det,
+                             Memory grad_x, Memory grad_raw) {
   const Tiling& tiling = step.tiling;
   const std::vector<T> zeros(tiling.channels);
   GroupSums<T> sums(tiling);
@@ -132,7 +136,8 @@ std::vector<double> backward(const FlowStep<T>& step, const T* transposed, Memor
       const Tile<T> grad = Tile<T>::load(tiling, grad_y, offset, n, grad_buffer);
       const T *g = grad.rows, *u = rows;
       run_leaf<OuterProduct<T>>(g, grad.stride, u, tiling.tile, n, tiling.channels, lanes.data());
-      run_leaf<Mix<T>>(g, grad.stride, static_cast<T*>(grad_rows), tiling.tile, n, tiling.channels, transposed, zeros.data());
+      run_leaf<Mix<T>>(g, grad.stride, static_cast<T*>(grad_rows), tiling.tile, n, tiling.channels, transposed,
+                       zeros.data());
       step.couple_backward(offset, n, grad_rows, scratch, grad_log_det, grad_x, grad_raw);
     });
     sums.fold(group, lanes);
@@ -146,14 +151,16 @@ void check(const Tensor& x, const Tensor& weight, const Tensor& bias) {
   check_floating("flow_step", "bias", bias);
   check_shape("flow_step", "weight", weight, {x.size(1), x.size(1)});
   check_shape("flow_step", "bias", bias, {x.size(1)});
-  if (x.size(1) > kMaxMixChannels) fail("flow_step", "x must have at most ", kMaxMixChannels, " channels here, got ", x.size(1));
+  if (x.size(1) > kMaxMixChannels)
+    fail("flow_step", "x must have at most ", kMaxMixChannels, " channels here, got ", x.size(1));
 }
 
-std::tuple<Tensor, Tensor> flow_step_fwd(Tensor x, Tensor raw, Tensor weight, Tensor bias, int64_t scale_map, double clamp,
-                                         double shift_clamp, int64_t layout, int64_t form, int64_t active, int64_t block,
-                                         int64_t parity, bool inverse) {
+std::tuple<Tensor, Tensor> flow_step_fwd(Tensor x, Tensor raw, Tensor weight, Tensor bias, int64_t scale_map,
+                                         double clamp, double shift_clamp, int64_t layout, int64_t form, int64_t active,
+                                         int64_t block, int64_t parity, bool inverse) {
   check(x, weight, bias);
-  const CouplingOptions options("flow_step", scale_map, clamp, shift_clamp, layout, form, active, block, parity, inverse);
+  const CouplingOptions options("flow_step", scale_map, clamp, shift_clamp, layout, form, active, block, parity,
+                                inverse);
   const MemoryFormat format = format_of(x);
   const CouplingPlan plan("flow_step", x, raw, options, format);
   x = as_format(x, format), raw = as_format(raw, format);
@@ -167,17 +174,19 @@ std::tuple<Tensor, Tensor> flow_step_fwd(Tensor x, Tensor raw, Tensor weight, Te
     if (x.numel() == 0) return;
     std::vector<T> bias_values(x.size(1));
     gather(Memory::of(bias), 0, bias_values.data(), {1, x.size(1), 0, 1, 0});
-    forward<T>({x, raw, plan, options, format}, matrix_of<T>(weight, false).data(), bias_values.data(), Memory::of(y), values);
+    forward<T>({x, raw, plan, options, format}, matrix_of<T>(weight, false).data(), bias_values.data(), Memory::of(y),
+               values);
   });
   return {y, log_det};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> flow_step_bwd(Tensor x, Tensor raw, Tensor weight, Tensor bias, Tensor grad_y,
-                                                         Tensor grad_log_det, int64_t scale_map, double clamp, double shift_clamp,
-                                                         int64_t layout, int64_t form, int64_t active, int64_t block,
-                                                         int64_t parity, bool inverse) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> flow_step_bwd(Tensor x, Tensor raw, Tensor weight, Tensor bias,
+                                                         Tensor grad_y, Tensor grad_log_det, int64_t scale_map,
+                                                         double clamp, double shift_clamp, int64_t layout, int64_t form,
+                                                         int64_t active, int64_t block, int64_t parity, bool inverse) {
   check(x, weight, bias);
-  const CouplingOptions options("flow_step", scale_map, clamp, shift_clamp, layout, form, active, block, parity, inverse);
+  const CouplingOptions options("flow_step", scale_map, clamp, shift_clamp, layout, form, active, block, parity,
+                                inverse);
   const MemoryFormat format = format_of(x);
   const CouplingPlan plan("flow_step", x, raw, options, format);
   check_floating("flow_step", "grad_y", grad_y);
@@ -185,7 +194,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> flow_step_bwd(Tensor x, Tensor raw, T
   check_like("flow_step", "grad_y", grad_y, x, x.size(1));
   check_shape("flow_step", "grad_log_det", grad_log_det, {x.size(0)});
   x = as_format(x, format), raw = as_format(raw, format), grad_y = as_format(grad_y, format);
-  weight = as_format(weight, MemoryFormat::Contiguous), grad_log_det = as_format(grad_log_det, MemoryFormat::Contiguous);
+  weight = as_format(weight, MemoryFormat::Contiguous),
+  grad_log_det = as_format(grad_log_det, MemoryFormat::Contiguous);
   Tensor grad_x = empty_in(x, format), grad_raw = empty_in(raw, format);
   Tensor grad_weight = empty_in(weight, MemoryFormat::Contiguous), grad_bias = empty_in(bias, MemoryFormat::Contiguous);
   if (plan.ignores_raw() || x.numel() == 0) torch::stable::zero_(grad_raw);

@@ -1,8 +1,8 @@
 """What every operation registers with torch beside its kernels: fake outputs, autograd, autocast.
 
 Contract with the schemas in ``csrc/ops.cpp``: ``<op>_fwd(tensors…, options…)`` and
-``<op>_bwd(tensors…, gradients of the outputs…, options…)``, which returns one gradient per tensor. The first tensor is the
-flow variable; it decides the memory format of everything with four dimensions.
+``<op>_bwd(tensors…, gradients of the outputs…, options…)``, which returns one gradient per tensor. The first tensor
+is the flow variable; it decides the memory format of everything with four dimensions.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ def format_of(x: torch.Tensor) -> torch.memory_format:
 
 
 def empty_like_in(tensor: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
-    """Uninitialised, with the shape, dtype and device of ``tensor``, dense in ``memory_format`` where it has four dimensions."""
+    """Uninitialised, like ``tensor``, dense in ``memory_format`` where it has four dimensions."""
     chosen = memory_format if tensor.dim() == 4 else torch.contiguous_format
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device, memory_format=chosen)
 
 
 def register(op: str, tensors: int, fake: Callable[..., Any]) -> None:
-    """Register the fake, autograd and autocast implementations of ``op``, whose first ``tensors`` arguments are tensors.
+    """Register the fake, autograd and autocast implementations of ``op``; its first ``tensors`` arguments are tensors.
 
     ``fake`` takes the arguments of ``<op>_fwd``, checks them and returns empty outputs. Under autocast a half-precision
     flow variable becomes float32, so that flow variables and log-dets keep their precision; the other tensors are read
@@ -74,10 +74,23 @@ def _register_autograd(forward_op: torch._ops.OpOverload, backward_op: torch._op
             return below_autograd(keyset, *arguments)
 
         @staticmethod
-        @torch.autograd.function.once_differentiable
         def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-            computed = backward_op(*ctx.saved_tensors, *gradients, *ctx.options)
+            arguments = *ctx.saved_tensors, *gradients, *ctx.options
+            # Gradients are enabled for create_graph=True only.
+            computed = Gradient.apply(*arguments) if torch.is_grad_enabled() else backward_op(*arguments)
             return None, *computed, *(None for _ in ctx.options)
+
+    class Gradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> tuple[torch.Tensor, ...]:
+            return backward_op(*arguments)
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: torch.Tensor) -> None:
+            name = forward_op.name().removeprefix("hflow_fast::").removesuffix("_fwd")
+            raise RuntimeError(
+                f"hflow_fast.ops.{name} has no second derivative; differentiate hflow_fast.reference.{name} instead"
+            )
 
     def kernel(keyset: torch._C.DispatchKeySet, *arguments: Any) -> Any:
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in arguments[:tensors]):
@@ -88,7 +101,7 @@ def _register_autograd(forward_op: torch._ops.OpOverload, backward_op: torch._op
 
 
 def register_autocast(op: torch._ops.OpOverload, key: str) -> None:
-    """Under autocast, call ``op`` with its first tensor, the flow variable, in float32 where it was bfloat16 or float16."""
+    """Under autocast, call ``op`` with its first tensor, the flow variable, in float32 where it was of a half type."""
     dispatch_key = getattr(torch._C.DispatchKey, key)
 
     @op.py_impl(dispatch_key)
@@ -96,4 +109,6 @@ def register_autocast(op: torch._ops.OpOverload, key: str) -> None:
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(dispatch_key)):
             return op(x.float() if x.dtype in (torch.bfloat16, torch.float16) else x, *rest)
 
-    _library.impl(op.name().removeprefix("hflow_fast::"), lambda _, *arguments: kernel(*arguments), key, with_keyset=True)
+    _library.impl(
+        op.name().removeprefix("hflow_fast::"), lambda _, *arguments: kernel(*arguments), key, with_keyset=True
+    )

@@ -29,18 +29,20 @@ class CouplingSpec:
     r"""How a coupling reads a network's raw output. Immutable; make it once and use it for every call.
 
     Args:
-        scale_map: The scale a(s) from the raw scale s: ``"none"`` a = 1 (additive), ``"exp"`` :math:`e^s`, ``"exp_clip"``
-            :math:`e^{\mathrm{clip}(s, \pm c)}` (HFlow), ``"exp_tanh"`` :math:`e^{\tanh s}` (Wavelet Flow), ``"sigmoid"``
-            :math:`\sigma(s + 2)` (Glow), ``"sigmoid_inverse"`` :math:`1 / \sigma(s + 2)` (normflows), ``"sigmoid_floor"``
-            :math:`\sigma(s + 2) + 10^{-3}` (nflows), ``"atan"`` :math:`e^{0.636\, c \arctan s}` and ``"tanh"``
-            :math:`e^{c \tanh(s / c)}` (FrEIA).
+        scale_map: The scale a(s) from the raw scale s:
+            ``"none"`` a = 1 (additive), ``"exp"`` :math:`e^s`,
+            ``"exp_clip"`` :math:`e^{\mathrm{clip}(s, \pm c)}` (HFlow), ``"exp_tanh"`` :math:`e^{\tanh s}` (Wavelet Flow),
+            ``"sigmoid"`` :math:`\sigma(s + 2)` (Glow), ``"sigmoid_inverse"`` :math:`1 / \sigma(s + 2)` (normflows),
+            ``"sigmoid_floor"`` :math:`\sigma(s + 2) + 10^{-3}` (nflows),
+            ``"atan"`` :math:`e^{0.636\, c \arctan s}` and ``"tanh"`` :math:`e^{c \tanh(s / c)}` (FrEIA).
         clamp: c of the maps that use one; positive.
         shift_clamp: Hard clip of the shift to ±shift_clamp (HFlow: 5), or ``None``.
         layout: ``"halves"``, scales before shifts, or ``"interleaved"``, alternating channels.
         shift_first: raw holds the shift before the scale.
         form: Forward transform: ``"scale_shift"`` a·x + t, ``"add_scale"`` (x + t)·a or ``"subtract_scale"`` (x − t)·a.
-        active: What is transformed: ``"all"``; ``"channels"`` the channels from ⌊C/2⌋ on; ``"channels_ceil"`` those from
-            ⌈C/2⌉ on; ``"checkerboard"`` of squares of ``block`` pixels; ``"columns"`` or ``"rows"``, one half of the image.
+        active: What is transformed: ``"all"``; ``"channels"``, those from ⌊C/2⌋ on; ``"channels_ceil"``, those from
+            ⌈C/2⌉ on; ``"checkerboard"`` of squares of ``block`` pixels; ``"columns"`` or ``"rows"``, one half of the
+            image.
         block: Side of a checkerboard's squares, 1, 2, 4 or 8: pixel (i, j) is active where
             (i // block + j // block) % 2 == parity.
         parity: 0 or 1; the half that is active: of a checkerboard, or 0 left or top, 1 right or bottom.
@@ -130,15 +132,15 @@ def coupling(
     .. math:: y = a(s)\, x + t, \qquad \log|\det| = \sum_{\text{active}} \log a(s)
 
     or another of :class:`CouplingSpec`'s forms; with ``inverse``, the exact inverse. Affine coupling: Dinh et al.,
-    "Density estimation using Real NVP", 2017, equations 7 and 8. That raw does not depend on active elements of x is the
-    caller's business; passive elements pass through.
+    "Density estimation using Real NVP", 2017, equations 7 and 8. That raw does not depend on active elements of x is
+    the caller's business; passive elements pass through.
 
     Args:
         x: (B, C), (B, C, L) or (B, C, H, W); contiguous and channels_last are read as they are, other strides are made
             contiguous. float32, float64, bfloat16 or float16.
-        raw: The network's output, of x's shape but with 2C channels (C for ``scale_map="none"``); for the channel sets also
-            2 × (number of active channels). Values outside the active set are ignored. Any of these dtypes: a bfloat16
-            network output beside a float32 x needs no cast.
+        raw: The network's output, of x's shape but with 2C channels (C for ``scale_map="none"``); for the channel sets
+            also 2 × (number of active channels). Values outside the active set are ignored. Any of these dtypes: a
+            bfloat16 network output beside a float32 x needs no cast.
         spec: How raw is read.
         inverse: Apply the inverse.
 

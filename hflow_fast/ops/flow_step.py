@@ -30,7 +30,8 @@ def flow_step(
     .. math:: u, \ell = \mathrm{coupling}(x, \mathrm{raw}), \qquad y = W u + b \quad\text{per pixel}
 
     W is the 1 × 1 convolution of Glow (Kingma and Dhariwal, 2018, section 3.2) or its inverse, with the next actnorm
-    folded into W and b. The fused kernel takes up to 32 channels; more go through :func:`coupling` and a matrix product.
+    folded into W and b. The fused kernel takes up to 32 channels; more go through :func:`coupling` and
+    :func:`conv1x1`.
 
     Args:
         x: (B, C), (B, C, L) or (B, C, H, W), as :func:`hflow_fast.ops.coupling` takes it.

@@ -36,10 +36,10 @@ def run(function: Function, tensors: Sequence[torch.Tensor]) -> list[torch.Tenso
 
 
 def assert_accurate(ours: Function, reference: Function, tensors: Sequence[torch.Tensor], atol: float) -> None:
-    """Outputs and gradients: the error against float64 is at most twice that of the reference in the same dtypes, plus atol.
+    """Outputs and gradients: the error against float64 is at most twice the reference's in the same dtypes, plus atol.
 
-    ``atol`` is for entries of magnitude one; sums of n elements of x may be √n times as far off, as their rounding errors
-    walk randomly. Dtypes and shapes must be the reference's.
+    ``atol`` is for entries of magnitude one; sums of n elements of x may be √n times as far off, as their rounding
+    errors walk randomly. Dtypes and shapes must be the reference's.
     """
     exact = run(reference, [t.double() for t in tensors])
     for number, (a, b, e) in enumerate(zip(run(ours, tensors), run(reference, tensors), exact, strict=True)):

@@ -70,6 +70,13 @@ def test_opcheck(memory):
     torch.library.opcheck(torch.ops.hflow_fast.actnorm_bwd.default, (*tensors, True))
 
 
+def test_differentiating_twice_is_refused():
+    x, log_scale, bias = (t.requires_grad_() for t in inputs((2, 3)))
+    (gradient,) = torch.autograd.grad(actnorm(x, log_scale, bias)[0].sum(), log_scale, create_graph=True)
+    with pytest.raises(RuntimeError, match="actnorm has no second derivative; .*reference.actnorm"):
+        gradient.sum().backward()
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 0, 4, 4), (2, 3, 0, 4), (0, 3), (1, 1, 1, 1)])
 def test_empty_and_single(shape):
     results = run(actnorm, inputs(shape, torch.float32))
@@ -116,8 +123,18 @@ def test_compiles_to_one_graph():
 @pytest.mark.parametrize(
     ("x", "log_scale", "bias", "message"),
     [
-        (torch.zeros(2, 3, 4, 4), torch.zeros(2), torch.zeros(3), r"actnorm: log_scale must have shape \(3,\), got \(2,\)"),
-        (torch.zeros(2, 3, 4, 4), torch.zeros(3), torch.zeros(1, 3), r"actnorm: bias must have shape \(3,\), got \(1, 3\)"),
+        (
+            torch.zeros(2, 3, 4, 4),
+            torch.zeros(2),
+            torch.zeros(3),
+            r"actnorm: log_scale must have shape \(3,\), got \(2,\)",
+        ),
+        (
+            torch.zeros(2, 3, 4, 4),
+            torch.zeros(3),
+            torch.zeros(1, 3),
+            r"actnorm: bias must have shape \(3,\), got \(1, 3\)",
+        ),
         (torch.zeros(3), torch.zeros(3), torch.zeros(3), r"actnorm: x must have shape \(B, C, ...\), got \(3,\)"),
         (torch.zeros(2, 3, dtype=torch.int64), torch.zeros(3), torch.zeros(3), "actnorm: x must be float32, .* got"),
         (torch.zeros(2, 3), torch.zeros(3).bool(), torch.zeros(3), "actnorm: log_scale must be float32, .* got"),

@@ -63,7 +63,9 @@ def test_every_combination_in_float64(scale_map, memory):
     }
     for values in itertools.product(*choices.values()):
         spec = CouplingSpec(scale_map, clamp=1.2, shift_clamp=1.0, block=2, parity=1, **dict(zip(choices, values)))
-        for raw_channels, inverse in itertools.product({spec.raw_channels(5), spec.raw_channels(spec.active_channels(5))}, (0, 1)):
+        for raw_channels, inverse in itertools.product(
+            {spec.raw_channels(5), spec.raw_channels(spec.active_channels(5))}, (0, 1)
+        ):
             tensors = inputs((2, 5, 6, 13), raw_channels, memory=memory)
             ours = run(lambda *t: coupling(*t, spec, inverse=bool(inverse)), tensors)
             theirs = run(lambda *t: reference.coupling(*t, spec, inverse=bool(inverse)), tensors)
@@ -90,7 +92,9 @@ def test_round_trip_and_log_det(scale_map, active):
         again, inverse_log_det = coupling(y, raw, spec, inverse=True)
         torch.testing.assert_close(again, x, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(inverse_log_det, -log_det)
-        jacobians = [log_det_of_jacobian(lambda t, i=i: coupling(t, raw[i : i + 1], spec)[0], x[i : i + 1]) for i in range(2)]
+        jacobians = [
+            log_det_of_jacobian(lambda t, i=i: coupling(t, raw[i : i + 1], spec)[0], x[i : i + 1]) for i in range(2)
+        ]
         torch.testing.assert_close(log_det, torch.cat(jacobians), rtol=1e-12, atol=1e-12)
 
 
@@ -126,10 +130,21 @@ def test_active_sets_by_index():
     board = active_mask(CouplingSpec(active="checkerboard", block=2, parity=1), (1, 3, 4, 6))
     expected = [[(i // 2 + j // 2) % 2 == 1 for j in range(6)] for i in range(4)]
     assert board.tolist() == expected
-    assert active_mask(CouplingSpec(active="columns", parity=0), (1, 3, 2, 5)).tolist() == [[True, True, False, False, False]] * 2
+    assert (
+        active_mask(CouplingSpec(active="columns", parity=0), (1, 3, 2, 5)).tolist()
+        == [[True, True, False, False, False]] * 2
+    )
     assert active_mask(CouplingSpec(active="rows", parity=1), (1, 3, 4, 2))[:, 0].tolist() == [False, False, True, True]
-    assert active_mask(CouplingSpec(active="channels"), (1, 5, 2, 2)).flatten().tolist() == [False, False, True, True, True]
-    assert active_mask(CouplingSpec(active="channels_ceil"), (1, 5, 2, 2)).flatten().tolist() == [False] * 3 + [True] * 2
+    assert active_mask(CouplingSpec(active="channels"), (1, 5, 2, 2)).flatten().tolist() == [
+        False,
+        False,
+        True,
+        True,
+        True,
+    ]
+    assert (
+        active_mask(CouplingSpec(active="channels_ceil"), (1, 5, 2, 2)).flatten().tolist() == [False] * 3 + [True] * 2
+    )
 
 
 @pytest.mark.parametrize("function", [coupling, reference.coupling])
@@ -171,7 +186,9 @@ def test_extreme_values_match_the_reference(scale_map):
             torch.testing.assert_close(a, b, rtol=2e-6, atol=1e-37, equal_nan=True)
 
 
-@pytest.mark.parametrize("shape", [(0, 4, 4, 4), (2, 0, 4, 4), (2, 4, 0, 4), (0, 4), (1, 1, 1, 1), (1, 2, 1, 1), (2, 1)])
+@pytest.mark.parametrize(
+    "shape", [(0, 4, 4, 4), (2, 0, 4, 4), (2, 4, 0, 4), (0, 4), (1, 1, 1, 1), (1, 2, 1, 1), (2, 1)]
+)
 @pytest.mark.parametrize("active", ["all", "channels", "channels_ceil"])
 def test_empty_and_single(shape, active):
     spec = CouplingSpec("exp_clip", active=active)
@@ -193,7 +210,9 @@ def test_keeps_the_memory_format(memory):
 @pytest.mark.parametrize("shape", [(3, 4, 90, 70), (300, 6, 3, 3)])
 def test_same_bits_for_any_thread_count(shape, memory):
     spec = CouplingSpec("sigmoid", active="checkerboard")
-    assert same_bits_for_any_thread_count(lambda *t: coupling(*t, spec), inputs(shape, 2 * shape[1], torch.float32, memory=memory))
+    assert same_bits_for_any_thread_count(
+        lambda *t: coupling(*t, spec), inputs(shape, 2 * shape[1], torch.float32, memory=memory)
+    )
 
 
 @pytest.mark.parametrize("memory", MEMORY)
@@ -230,9 +249,19 @@ def test_compiles_to_one_graph():
     ("shape", "raw_shape", "spec", "message"),
     [
         ((2, 3, 4, 4), (2, 3, 4, 4), CouplingSpec(), r"coupling: raw must have 6 channels, got \(2, 3, 4, 4\)"),
-        ((2, 3, 4, 4), (2, 5, 4, 4), CouplingSpec(active="channels"), r"raw must have 6 or 4 channels, got \(2, 5, 4, 4\)"),
+        (
+            (2, 3, 4, 4),
+            (2, 5, 4, 4),
+            CouplingSpec(active="channels"),
+            r"raw must have 6 or 4 channels, got \(2, 5, 4, 4\)",
+        ),
         ((2, 3, 4, 4), (2, 6, 4, 4), CouplingSpec("none"), r"raw must have 3 channels, got \(2, 6, 4, 4\)"),
-        ((2, 3, 4, 4), (2, 6, 4, 5), CouplingSpec(), r"raw must have the shape of x, \(2, 3, 4, 4\), with 6 channels, got"),
+        (
+            (2, 3, 4, 4),
+            (2, 6, 4, 5),
+            CouplingSpec(),
+            r"raw must have the shape of x, \(2, 3, 4, 4\), with 6 channels, got",
+        ),
         ((2, 3), (2, 6), CouplingSpec(active="rows"), r"spatial active set needs x of shape .*, got \(2, 3\)"),
         ((3,), (6,), CouplingSpec(), r"x must have shape \(B, C, ...\), got \(3,\)"),
     ],

@@ -25,7 +25,8 @@ with warnings.catch_warnings(record=True) as caught:
     for _ in range(2):
         ops.actnorm(torch.ones(1, 2), torch.zeros(2), torch.zeros(2))
     {more}
-print(_extension.build_info().get("vector_selected"), [str(w.message) for w in caught if "hflow_fast" in str(w.message)])
+ours = [str(w.message) for w in caught if "hflow_fast" in str(w.message)]
+print(_extension.build_info().get("vector_selected"), ours)
 """
 COMPARE = """
     torch.manual_seed(0)
@@ -71,7 +72,9 @@ def test_build_info_says_what_the_build_contains():
 @pytest.mark.skipif(shutil.which("nm") is None, reason="nm (binutils) is not installed")
 def test_needs_no_cpp_symbol_of_torch():
     (library,) = PACKAGE.glob("_C*.so")
-    symbols = subprocess.run(["nm", "-D", "--undefined-only", "-C", library], capture_output=True, text=True, check=True).stdout
+    symbols = subprocess.run(
+        ["nm", "-D", "--undefined-only", "-C", library], capture_output=True, text=True, check=True
+    ).stdout
     assert "torch_library_impl" in symbols
     assert [line for line in symbols.splitlines() if "at::" in line or "c10::" in line or "torch::" in line] == []
 

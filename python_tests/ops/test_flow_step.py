@@ -77,12 +77,14 @@ def test_gradcheck(shape, inverse):
 def test_log_det_is_the_couplings(inverse):
     x, raw, weight, bias = inputs((2, 3, 2, 4), 6)
     y, log_det = flow_step(x, raw, weight, bias, HFLOW, inverse=inverse)
-    jacobians = torch.cat([
-        log_det_of_jacobian(
-            lambda t, i=i: flow_step(t, raw[i : i + 1], weight, bias, HFLOW, inverse=inverse)[0], x[i : i + 1]
-        )
-        for i in range(2)
-    ])
+    jacobians = torch.cat(
+        [
+            log_det_of_jacobian(
+                lambda t, i=i: flow_step(t, raw[i : i + 1], weight, bias, HFLOW, inverse=inverse)[0], x[i : i + 1]
+            )
+            for i in range(2)
+        ]
+    )
     torch.testing.assert_close(log_det + 8 * torch.linalg.slogdet(weight).logabsdet, jacobians)
     u = torch.einsum("oc,bchw->bohw", torch.linalg.inv(weight), y - bias[:, None, None])
     again, opposite = coupling(u, raw, HFLOW, inverse=not inverse)

@@ -24,8 +24,12 @@ SOURCE = """
       for (int64_t i = 0; i < n; ++i) y[i] = hflow::math::name(x[i]);                        \\
     }                                                                                        \\
   };                                                                                         \\
-  extern "C" void name##_float32(const float* x, float* y, int64_t n) { hflow::run_leaf<Leaf_##name<float>>(x, y, n); } \\
-  extern "C" void name##_float64(const double* x, double* y, int64_t n) { hflow::run_leaf<Leaf_##name<double>>(x, y, n); }
+  extern "C" void name##_float32(const float* x, float* y, int64_t n) {                      \\
+    hflow::run_leaf<Leaf_##name<float>>(x, y, n);                                            \\
+  }                                                                                          \\
+  extern "C" void name##_float64(const double* x, double* y, int64_t n) {                    \\
+    hflow::run_leaf<Leaf_##name<double>>(x, y, n);                                           \\
+  }
 """
 
 
@@ -54,13 +58,19 @@ def points(name, dtype):
     info = np.finfo(dtype)
     if name == "exp":
         high = float(np.log(info.max))
-        x = np.concatenate([random.uniform(np.log(info.tiny), high, 1500), random.normal(size=1500), [0, high * (1 - 1e-6)]])
+        x = np.concatenate(
+            [random.uniform(np.log(info.tiny), high, 1500), random.normal(size=1500), [0, high * (1 - 1e-6)]]
+        )
     elif name == "log":
-        x = np.concatenate([np.exp(random.uniform(-80, 80, 1500)), random.uniform(0.5, 2, 1500), [info.tiny, info.max, 1]])
+        x = np.concatenate(
+            [np.exp(random.uniform(-80, 80, 1500)), random.uniform(0.5, 2, 1500), [info.tiny, info.max, 1]]
+        )
     elif name == "log1p":
         x = np.concatenate([random.uniform(0, 1, 1000), np.exp(random.uniform(-60, 0, 1000)), [0, 1]])
     else:
-        x = np.concatenate([random.normal(size=1500), np.exp(random.uniform(-30, 3, 1000)), -np.exp(random.uniform(-30, 3, 500)), [0]])
+        x = np.concatenate(
+            [random.normal(size=1500), np.exp(random.uniform(-30, 3, 1000)), -np.exp(random.uniform(-30, 3, 500)), [0]]
+        )
     return x.astype(dtype)
 
 
@@ -81,7 +91,9 @@ def test_the_ends_of_the_range(library, dtype):
         x = np.array([np.inf, -np.inf, np.nan, 0.0, -0.0, -1.0, 1e4, -1e4], dtype)
         for name in ("exp", "log", "tanh", "atan"):
             np.testing.assert_allclose(
-                evaluate(library, name, x), getattr(np, {"atan": "arctan"}.get(name, name))(x), rtol=4 * np.finfo(dtype).eps
+                evaluate(library, name, x),
+                getattr(np, {"atan": "arctan"}.get(name, name))(x),
+                rtol=4 * np.finfo(dtype).eps,
             )
         subnormal = np.array([np.log(np.finfo(dtype).tiny) - 3], dtype)
         np.testing.assert_allclose(evaluate(library, "exp", subnormal), np.exp(subnormal), rtol=1e-5)
