@@ -72,7 +72,7 @@ def measure(run: Path, dataset: ImageDataset) -> dict[str, Any]:
     everything = torch.arange(len(dataset.held_out))
     gaussian = PixelGaussian.fit(dataset.train, bits)
     metrics = {
-        **held_out_bits_per_dim(model, dataset.held_out, everything, batch_size=32, bits=bits),
+        **held_out_bits_per_dim(model, dataset.held_out, everything, batch_size=checked.general.batch_size, bits=bits),
         "uniform_bits_per_dim": uniform_bits_per_dim(bits),
         "pixel_gaussian_bits_per_dim": float(gaussian.bits_per_dim(dataset.held_out).mean()),
         "held_out_images": len(everything),

@@ -36,7 +36,8 @@ def held_out_bits_per_dim(
         model: with ``bound``, as :class:`hflow_fast.models.HFlow`.
         images: a split of a dataset.
         indices: which of them, (N,), N ≥ 1.
-        batch_size: images per pass.
+        batch_size: images per pass. HFlow's noise follows the spread of each batch, so the bound depends on it, by some
+            hundredths of a bit: compare numbers of equal batch size.
         bits: of the pixel values.
 
     Returns:

@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from hflow_fast.configs import load_config
@@ -32,6 +33,8 @@ def test_demo_measures_draws_and_can_be_repeated(tmp_path: Path) -> None:
     assert metrics["uniform_bits_per_dim"] == 8.0 and metrics["held_out_images"] == 5 and metrics["steps"] == 2
     # Independent uniform noise in 15 images: about the uniform density, plus what fitting to so few costs.
     assert 8.0 < metrics["pixel_gaussian_bits_per_dim"] < 9.0
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert metrics["held_out_bits_per_dim"] == pytest.approx(last["held_out_bits_per_dim"], rel=1e-6)
     assert f"{metrics['held_out_bits_per_dim']:.3f}" in first.stdout
     assert Image.open(tmp_path / "run" / "samples.png").size == (8 * 18 + 2, 8 * 18 + 2)
     for name in ("reconstructions.png", "loss.png"):
