@@ -161,11 +161,13 @@ HFLOW_HD void couple(T x, T s, T t, const CouplingParameters<T>& p, T& y, T& log
   log_scale = p.sign * Map::log_scale(s, p.clamp);
 }
 
+// y once more (free here), and the gradients.
 template <class Map, bool ShiftBefore, class T>
-HFLOW_HD void couple_backward(T x, T s, T t, T grad_y, T grad_log_det, const CouplingParameters<T>& p, T& grad_x,
+HFLOW_HD void couple_backward(T x, T s, T t, T grad_y, T grad_log_det, const CouplingParameters<T>& p, T& y, T& grad_x,
                               T& grad_s, T& grad_t) {
   const T shift = p.shift_sign * clip(t, p.shift_clamp);
   const T scale = Map::scale(s, p.clamp, p.sign);
+  y = ShiftBefore ? (x + shift) * scale : x * scale + shift;
   grad_x = grad_y * scale;
   const T grad_log_scale = grad_x * (ShiftBefore ? x + shift : x) + grad_log_det;
   grad_s = grad_log_scale * p.sign * Map::derivative(s, p.clamp);

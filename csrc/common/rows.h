@@ -67,7 +67,9 @@ struct Convert {
       } else if (from_step == 1 && to_step == 2) {
         row(from, to, inner, 1, 2);
       } else {
-        row(from, to, inner, from_step, to_step);
+        const From* source = from;
+        To* sink = to;
+        for (int64_t i = 0; i < inner; ++i, source += from_step, sink += to_step) *sink = static_cast<To>(*source);
       }
     }
   }

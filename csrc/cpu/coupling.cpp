@@ -84,14 +84,14 @@ void backward(const CouplingPlan& plan, const CouplingOptions& options, Memory x
   const CouplingTile<T> tile(plan, options, x, raw);
   const Units units(plan, tile.tile());
   parallel_units(units.count(), units.length, [&](int64_t unit) {
-    alignas(64) T in[kCouplingTile], out[kCouplingTile], per_element[kCouplingTile];
+    alignas(64) T in[kCouplingTile], y[kCouplingTile], out[kCouplingTile], per_element[kCouplingTile];
     units.for_tiles(unit, [&](int64_t begin, int64_t n) {
       for (int64_t e = 0; e < n; e += plan.sample) {
         T value;
         const T* gradient = load(grad_log_det, (begin + e) / plan.sample, 1, &value);
         std::fill_n(per_element + e, std::min(plan.sample, n - e), *gradient);
       }
-      tile.backward(begin, n, load(grad_y, begin, n, in), per_element, target(grad_x, begin, out), grad_raw);
+      tile.backward(begin, n, load(grad_y, begin, n, in), per_element, y, target(grad_x, begin, out), grad_raw);
       store(out, grad_x, begin, n);
     });
   });

@@ -97,13 +97,14 @@ struct Forward {
 
 template <class Map, bool ShiftBefore, class T>
 struct Backward {
-  HFLOW_LEAF void run(const T* x, const T* s, const T* t, const T* mask, const T* grad_y, const T* grad_log_det,
+  HFLOW_LEAF void run(const T* x, const T* s, const T* t, const T* mask, const T* grad_y, const T* grad_log_det, T* y,
                       T* grad_x, T* grad_s, T* grad_t, int64_t n, CouplingParameters<T> p) {
 #pragma GCC ivdep
     for (int64_t i = 0; i < n; ++i) {
-      T gx, gs, gt;
-      couple_backward<Map, ShiftBefore>(x[i], s[i], t[i], grad_y[i], grad_log_det[i], p, gx, gs, gt);
+      T value, gx, gs, gt;
+      couple_backward<Map, ShiftBefore>(x[i], s[i], t[i], grad_y[i], grad_log_det[i], p, value, gx, gs, gt);
       const bool active = mask[i] != T(0);
+      y[i] = active ? value : x[i];
       grad_x[i] = active ? gx : grad_y[i];
       grad_s[i] = active ? gs : T(0);
       grad_t[i] = active ? gt : T(0);
@@ -241,7 +242,7 @@ void CouplingTile<T>::forward(int64_t begin, int64_t n, T* y, T* log_scale) cons
 }
 
 template <class T>
-void CouplingTile<T>::backward(int64_t begin, int64_t n, const T* grad_y, const T* grad_log_det, T* grad_x,
+void CouplingTile<T>::backward(int64_t begin, int64_t n, const T* grad_y, const T* grad_log_det, T* y, T* grad_x,
                                Memory grad_raw) const {
   alignas(64) T x_buffer[kCouplingTile], mask[kCouplingTile];
   alignas(64) T s_buffer[kCouplingTile] = {}, t_buffer[kCouplingTile] = {};  // passive elements are gathered by nobody
@@ -250,7 +251,7 @@ void CouplingTile<T>::backward(int64_t begin, int64_t n, const T* grad_y, const 
   fill_mask(begin, n, mask);
   const auto run = [&](int64_t e, int64_t length, const T* s, const T* t, T* gs, T* gt) {
     run_coupling<Backward, T>(plan_.map, shift_before_, x + e, s, t, static_cast<const T*>(mask) + e, grad_y + e,
-                              grad_log_det + e, grad_x + e, gs, gt, length, parameters_);
+                              grad_log_det + e, y + e, grad_x + e, gs, gt, length, parameters_);
   };
   if (gathers() && begin % plan_.period == 0 && n % plan_.period == 0) {
     gather_raw(begin, n, s_buffer, t_buffer);
@@ -261,6 +262,7 @@ void CouplingTile<T>::backward(int64_t begin, int64_t n, const T* grad_y, const 
   }
   for_segments(begin, n, [&](int64_t e, int64_t length, int64_t raw) {
     if (raw < 0) {
+      std::copy_n(x + e, length, y + e);
       std::copy_n(grad_y + e, length, grad_x + e);
       return;
     }

@@ -64,9 +64,10 @@ class CouplingTile {
   // y and log-scales (0 where passive) of elements [begin, begin + n) of x.
   void forward(int64_t begin, int64_t n, T* y, T* log_scale) const;
 
-  // Gradients of the same elements; grad_log_det holds one value per element. Writes the raw gradients of active
-  // periods.
-  void backward(int64_t begin, int64_t n, const T* grad_y, const T* grad_log_det, T* grad_x, Memory grad_raw) const;
+  // y once more and the gradients of the same elements; grad_log_det holds one value per element. Raw gradients of
+  // passive channels are not written.
+  void backward(int64_t begin, int64_t n, const T* grad_y, const T* grad_log_det, T* y, T* grad_x,
+                Memory grad_raw) const;
 
  private:
   // Short segments are gathered, whole periods at a time; longer ones are walked one by one and read in place.

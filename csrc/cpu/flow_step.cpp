@@ -2,8 +2,8 @@
 // coupling and matmul for more channels.)
 //
 // Threads: fixed groups of consecutive tiles, of about 2 Ki elements each. Bytes: one read of x and raw and one write
-// of y; backward reads x, raw and grad_y, recomputes u, and writes grad_x and grad_raw. Between coupling and mixing a
-// tile stays in L1, as rows of pixels; channels_last memory is coupled in place and transposed there.
+// of y; backward reads x, raw and grad_y, recomputes u on the way, and writes grad_x and grad_raw. Between coupling and
+// mixing a tile stays in L1, as rows of pixels; channels_last memory is coupled in place and transposed there.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
@@ -57,27 +57,27 @@ struct FlowStep {
     }
   }
 
-  // u, the coupled x, as rows; on_log_scale(elements before in the stretch's sample order, values, n) sees the
-  // log-scales.
+  // u, the coupled x, as rows; on_log_scale(first element of x, values, n) sees the log-scales.
   template <class F>
   void couple(int64_t offset, int64_t n, T* rows, T* scratch, const F& on_log_scale) const {
     alignas(64) T log_scale[kCouplingTile];
-    T* out = interleaved() ? scratch : rows;
+    T* u = interleaved() ? scratch : rows;
     for_stretches(offset, n, [&](int64_t begin, int64_t length, int64_t place) {
-      coupling.forward(begin, length, out + place, log_scale);
+      coupling.forward(begin, length, u + place, log_scale);
       on_log_scale(begin, static_cast<const T*>(log_scale), length);
     });
-    if (interleaved()) gather({scratch, scalar_type_of<T>}, 0, rows, tiling.runs(n));
+    to_rows(u, rows, n);
   }
 
-  // grad_x and grad_raw from grad_u in rows.
-  void couple_backward(int64_t offset, int64_t n, const T* rows, T* scratch, Memory grad_log_det, Memory grad_x,
-                       Memory grad_raw) const {
+  // From grad_u in rows: u in rows, grad_x and grad_raw. `scratch` holds two tiles.
+  void couple_backward(int64_t offset, int64_t n, const T* grad_rows, T* rows, T* scratch, Memory grad_log_det,
+                       Memory grad_x, Memory grad_raw) const {
     alignas(64) T per_element[kCouplingTile], out[kCouplingTile];
-    const T* grad_u = rows;
+    T* u = rows;
+    const T* grad_u = grad_rows;
     if (interleaved()) {
-      scatter(rows, {scratch, scalar_type_of<T>}, 0, tiling.runs(n));
-      grad_u = scratch;
+      u = scratch, grad_u = scratch + kTileElements;
+      scatter(grad_rows, {scratch + kTileElements, scalar_type_of<T>}, 0, tiling.runs(n));
     }
     for_stretches(offset, n, [&](int64_t begin, int64_t length, int64_t place) {
       for (int64_t e = 0; e < length;) {  // a stretch of single pixels spans samples
@@ -87,9 +87,14 @@ struct FlowStep {
         std::fill(per_element + e, per_element + stop, gradient);
         e = stop;
       }
-      coupling.backward(begin, length, grad_u + place, per_element, target(grad_x, begin, out), grad_raw);
+      coupling.backward(begin, length, grad_u + place, per_element, u + place, target(grad_x, begin, out), grad_raw);
       store(out, grad_x, begin, length);
     });
+    to_rows(u, rows, n);
+  }
+
+  void to_rows(T* u, T* rows, int64_t n) const {
+    if (u != rows) gather({u, scalar_type_of<T>}, 0, rows, tiling.runs(n));
   }
 };
 
@@ -129,16 +134,15 @@ std::vector<double> backward(const FlowStep<T>& step, const T* transposed, Memor
   const std::vector<T> zeros(tiling.channels);
   GroupSums<T> sums(tiling);
   tiling.for_groups([&](int64_t group) {
-    alignas(64) T rows[kTileElements], scratch[kTileElements], grad_buffer[kTileElements], grad_rows[kTileElements];
+    alignas(64) T rows[kTileElements], scratch[2 * kTileElements], grad_buffer[kTileElements], grad_rows[kTileElements];
     std::vector<T> lanes = sums.lanes();
     tiling.for_tiles(group, [&](int64_t offset, int64_t n) {
-      step.couple(offset, n, rows, scratch, [](int64_t, const T*, int64_t) {});
       const Tile<T> grad = Tile<T>::load(tiling, grad_y, offset, n, grad_buffer);
       const T *g = grad.rows, *u = rows;
-      run_leaf<OuterProduct<T>>(g, grad.stride, u, tiling.tile, n, tiling.channels, lanes.data());
       run_leaf<Mix<T>>(g, grad.stride, static_cast<T*>(grad_rows), tiling.tile, n, tiling.channels, transposed,
                        zeros.data());
-      step.couple_backward(offset, n, grad_rows, scratch, grad_log_det, grad_x, grad_raw);
+      step.couple_backward(offset, n, grad_rows, rows, scratch, grad_log_det, grad_x, grad_raw);
+      run_leaf<OuterProduct<T>>(g, grad.stride, u, tiling.tile, n, tiling.channels, lanes.data());
     });
     sums.fold(group, lanes);
   });
