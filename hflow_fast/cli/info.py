@@ -17,12 +17,13 @@ def info() -> None:
 
     from .. import _extension
 
+    missing = _extension.missing_reason()
     rows = {
         "hflow_fast": _version(),
         "Python": platform.python_version(),
         "PyTorch": torch.__version__,
         "CUDA of PyTorch": torch.version.cuda or "none (CPU build)",
-        "kernels": "compiled" if _extension.missing_reason() is None else f"plain PyTorch: {_extension.missing_reason()}",
+        "kernels": f"plain PyTorch: {missing}" if missing else "compiled",
         **_extension.build_info(),
         "threads": torch.get_num_threads(),
         "devices": ", ".join(["cpu", *_gpus()]),

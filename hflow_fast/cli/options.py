@@ -38,4 +38,5 @@ def device_option(command: Callable[..., Any]) -> Callable[..., Any]:
 def threads_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """``--threads``, which takes effect at once and is not given to the command."""
     return click.option("--threads", type=click.IntRange(min=1), callback=_threads, expose_value=False,
-                        help="CPU threads; on a busy machine, fewer than its processors.  [default: PyTorch's choice]")(command)
+                        help="CPU threads; on a busy machine, fewer than its processors.  "
+                             "[default: PyTorch's choice]")(command)

@@ -19,7 +19,7 @@ __all__ = ["RunDirectory"]
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """``config.json``, ``metrics.jsonl``, ``checkpoints/``, ``samples/``, ``reconstructions/`` and ``tb/`` of one run."""
+    """``config.json``, ``metrics.jsonl``, ``checkpoints/``, ``samples/``, ``reconstructions/``, ``tb/`` of a run."""
 
     path: Path
 

@@ -28,7 +28,8 @@ def test_images_and_grid(run: Path, tmp_path: Path) -> None:
 
 def test_the_seed_decides(run: Path, tmp_path: Path) -> None:
     first = sample(run, tmp_path / "a", "--seed", 5)
-    np.testing.assert_array_equal(first, sample(run / "checkpoints" / "latest.safetensors", tmp_path / "b", "--seed", 5))
+    file = run / "checkpoints" / "latest.safetensors"
+    np.testing.assert_array_equal(first, sample(file, tmp_path / "b", "--seed", 5))
     assert (first != sample(run, tmp_path / "c", "--seed", 6)).any()
     assert (first != sample(run, tmp_path / "d", "--seed", 5, "--std", 0.1)).any()
 

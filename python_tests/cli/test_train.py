@@ -95,8 +95,8 @@ def test_two_processes_cannot_train_in_one_run(run: Path) -> None:
 
 def test_ctrl_c_saves_and_says_how_to_go_on(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "hflow_fast", "train", "--config", "tiny-16", "--data", str(data), "--run", str(run),
-               "--batch-size", "4", "--hours", "1"]
+    command = [sys.executable, "-m", "hflow_fast", "train", "--config", "tiny-16", "--data", str(data),
+               "--run", str(run), "--batch-size", "4", "--hours", "1"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not (run / "checkpoints" / "latest.safetensors").exists() and process.poll() is None:
         time.sleep(0.05)

@@ -15,7 +15,8 @@ GENERAL = TrainConfig.from_config(tiny_config()).general
 FLOW, DECODER, ENCODER = 5e-3, 2e-3, 5e-4
 
 
-@pytest.mark.parametrize("epoch, decays", [(0, 0), (9, 0), (10, 0), (11, 0), (12, 1), (13, 1), (14, 2), (20, 5), (59, 24)])
+@pytest.mark.parametrize("epoch, decays", [
+    (0, 0), (9, 0), (10, 0), (11, 0), (12, 1), (13, 1), (14, 2), (20, 5), (59, 24)])
 def test_rates_decay_on_even_epochs_after_the_start(epoch: int, decays: int) -> None:
     assert learning_rates(epoch, GENERAL) == pytest.approx({
         "encoders": ENCODER * 0.92**decays, "flows": FLOW * 0.95**decays, "decoders": DECODER * 0.95**decays})
@@ -23,7 +24,8 @@ def test_rates_decay_on_even_epochs_after_the_start(epoch: int, decays: int) -> 
 
 def test_rates_with_an_odd_start_and_none() -> None:
     odd = GENERAL.model_copy(update={"learning_rate_decay_start": 3})
-    assert [learning_rates(epoch, odd)["flows"] / FLOW for epoch in (3, 4, 5, 6)] == pytest.approx([1, .95, .95, .95**2])
+    factors = [learning_rates(epoch, odd)["flows"] / FLOW for epoch in (3, 4, 5, 6)]
+    assert factors == pytest.approx([1, 0.95, 0.95, 0.95**2])
     at_once = GENERAL.model_copy(update={"learning_rate_decay_start": 0})
     assert [learning_rates(epoch, at_once)["flows"] / FLOW for epoch in (0, 1, 2)] == pytest.approx([1, 1, .95])
 
