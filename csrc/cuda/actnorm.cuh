@@ -1,0 +1,243 @@
+// actnorm on CUDA: y = x·e^s + b per channel, its inverse and backward. Torch-free: raw pointers and a stream.
+//
+// Bound by memory: forward reads x and writes y, backward reads x and grad_y and writes grad_x, in 16-byte accesses.
+//   contiguous      A block works on one channel of all samples, so its scale is one register. A thread's vector is a 16-byte
+//                   window of memory; where a row of pixels starts or ends inside it, its elements are accessed singly.
+//   channels_last   The grid walks all elements; its stride is a multiple of C, so the channels of a thread's elements never
+//                   change, and their scales and sums stay in registers, too.
+// Backward's channel sums go through one partial sum per block and a second small kernel: no atomics. Grids depend on the
+// shape alone, so results have the same bits from run to run and from GPU to GPU.
+#pragma once
+
+#include <algorithm>
+#include <numeric>
+
+#include "common/vector_math.h"
+#include "cuda/device.cuh"
+
+namespace hflow::cuda {
+
+constexpr int64_t kVectorsPerThread = 4;  // enough to pay for a thread's scales
+constexpr int64_t kMaxBlocks = 2048;      // fill the largest target twice over; more would only add partial sums
+
+struct ActnormShape {
+  int64_t samples, channels, pixels;
+  bool by_rows;  // contiguous, and more than one pixel
+
+  __host__ __device__ int64_t total() const { return samples * channels * pixels; }
+};
+
+// How a grid covers the elements in vectors of V.
+template <int V, bool ByRows>
+struct ActnormGrid {
+  static constexpr int vector = V;
+  static constexpr bool by_rows = ByRows;
+  static constexpr int kinds = ByRows ? 1 : V;  // different channels among the elements of a thread's vectors
+  ActnormShape shape;
+
+  // Windows of V elements that a row touches. Every row starts at a multiple of `pixels`, not always at one of V.
+  __host__ __device__ int64_t windows() const { return shape.pixels / V + (shape.pixels % V == 0 ? 0 : 2); }
+
+  int64_t blocks() const {
+    constexpr int64_t share = kThreads * kVectorsPerThread;
+    if (shape.total() == 0) return 1;
+    if (ByRows) {
+      const int64_t most = std::max<int64_t>(1, kMaxBlocks / shape.channels);
+      return shape.channels * std::min(most, ceil_div(shape.samples * windows(), share));
+    }
+    const int64_t step = shape.channels / std::gcd(shape.channels, int64_t{kThreads} * V);  // keeps the stride a multiple of C
+    return ceil_div(std::min(kMaxBlocks, ceil_div(shape.total(), share * V)), step) * step;
+  }
+
+  // Partial sums per channel: the blocks that work on it, or (channels_last) may do so.
+  __host__ __device__ static int64_t parts(int64_t blocks, int64_t channels) { return ByRows ? blocks / channels : blocks; }
+
+  // The channel of element i of this thread's vectors.
+  __device__ int64_t channel(int i) const {
+    return (ByRows ? blockIdx.x : (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * V + i) % shape.channels;
+  }
+
+  // f(offset, low, high) for this thread's vectors: elements [offset + low, offset + high) are its own.
+  template <class F>
+  __device__ void walk(const F& f) const {
+    if constexpr (ByRows) {
+      const int64_t part = blockIdx.x / shape.channels, parts = gridDim.x / shape.channels, channel = blockIdx.x % shape.channels;
+      for (int64_t i = part * kThreads + threadIdx.x; i < shape.samples * windows(); i += parts * kThreads) {
+        const int64_t begin = (i / windows() * shape.channels + channel) * shape.pixels, end = begin + shape.pixels;
+        const int64_t offset = (begin / V + i % windows()) * V;
+        if (offset < end) f(offset, static_cast<int>(max(begin - offset, int64_t{0})), static_cast<int>(min(end - offset, int64_t{V})));
+      }
+    } else {
+      const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads * V;
+      for (int64_t offset = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * V; offset < shape.total(); offset += stride)
+        f(offset, 0, static_cast<int>(min(shape.total() - offset, int64_t{V})));
+    }
+  }
+};
+
+// y = (x − center)·scale + shift, with center = 0 forward and shift = 0 in the inverse.
+template <class T>
+struct ChannelAffine {
+  T scale, center, shift;
+
+  __device__ static ChannelAffine of(T log_scale, T bias, bool inverse) {
+    return {math::exp(inverse ? -log_scale : log_scale), inverse ? bias : T(0), inverse ? T(0) : bias};
+  }
+};
+
+// log_det = ±pixels·Σ log_scale, the same for every sample; work for one block.
+template <class T>
+__device__ void write_log_det(const T* log_scale, T* log_det, const ActnormShape& shape, bool inverse) {
+  __shared__ double total;
+  double sum = 0;
+  for (int64_t c = threadIdx.x; c < shape.channels; c += kThreads) sum += static_cast<double>(log_scale[c]);
+  sum = block_sum(sum);
+  if (threadIdx.x == 0) total = (inverse ? -1.0 : 1.0) * static_cast<double>(shape.pixels) * sum;
+  __syncthreads();
+  for (int64_t b = threadIdx.x; b < shape.samples; b += kThreads) log_det[b] = static_cast<T>(total);
+}
+
+template <class Grid, class T>
+struct ThreadAffines {
+  ChannelAffine<T> of_kind[Grid::kinds];
+
+  __device__ ThreadAffines(const Grid& grid, const T* log_scale, const T* bias, bool inverse) {
+#pragma unroll
+    for (int i = 0; i < Grid::kinds; ++i) {
+      const int64_t c = grid.channel(i);
+      of_kind[i] = ChannelAffine<T>::of(log_scale[c], bias[c], inverse);
+    }
+  }
+  __device__ const ChannelAffine<T>& operator[](int i) const { return of_kind[i % Grid::kinds]; }
+};
+
+template <class Grid, class S, class T>
+__global__ void __launch_bounds__(kThreads) actnorm_forward_kernel(
+    const S* x, const T* log_scale, const T* bias, S* y, T* log_det, Grid grid, bool inverse) {
+  if (grid.shape.total() > 0) {
+    const ThreadAffines<Grid, T> affine(grid, log_scale, bias, inverse);
+    grid.walk([&](int64_t offset, int low, int high) {
+      T values[Grid::vector];
+      load(x + offset, low, high, values);
+#pragma unroll
+      for (int i = 0; i < Grid::vector; ++i) values[i] = (values[i] - affine[i].center) * affine[i].scale + affine[i].shift;
+      store(values, low, high, y + offset);
+    });
+  }
+  if (blockIdx.x == 0) write_log_det(log_scale, log_det, grid.shape, inverse);
+}
+
+// grad_x, and the channels' Σ grad_y and Σ grad_y·(x − center) block by block: partial[2][parts][channels].
+template <class Grid, class S, class T>
+__global__ void __launch_bounds__(kThreads) actnorm_backward_kernel(
+    const S* x, const T* log_scale, const T* bias, const S* grad_y, S* grad_x, T* partial, Grid grid, bool inverse) {
+  const ThreadAffines<Grid, T> affine(grid, log_scale, bias, inverse);
+  T sums[2][Grid::kinds] = {};
+  grid.walk([&](int64_t offset, int low, int high) {
+    T values[Grid::vector], grads[Grid::vector];
+    load(x + offset, low, high, values);
+    load(grad_y + offset, low, high, grads);
+#pragma unroll
+    for (int i = 0; i < Grid::vector; ++i) {
+      sums[0][i % Grid::kinds] += grads[i];
+      sums[1][i % Grid::kinds] += grads[i] * (values[i] - affine[i].center);
+      grads[i] *= affine[i].scale;
+    }
+    store(grads, low, high, grad_x + offset);
+  });
+
+  const int64_t channels = grid.shape.channels, parts = Grid::parts(gridDim.x, channels);
+  if constexpr (Grid::by_rows) {
+#pragma unroll
+    for (int q = 0; q < 2; ++q) {
+      const T sum = block_sum(sums[q][0]);
+      if (threadIdx.x == 0) partial[q * parts * channels + blockIdx.x] = sum;
+    }
+  } else {
+    // Element e of the block belongs to channel (first + e) % channels; each channel's elements are added in order.
+    constexpr int count = kThreads * Grid::vector;
+    __shared__ T elements[count];
+    const int64_t first = static_cast<int64_t>(blockIdx.x) * count % channels;
+#pragma unroll
+    for (int q = 0; q < 2; ++q) {
+      __syncthreads();
+#pragma unroll
+      for (int i = 0; i < Grid::vector; ++i) elements[threadIdx.x * Grid::vector + i] = sums[q][i];
+      __syncthreads();
+      for (int64_t c = threadIdx.x; c < channels; c += kThreads) {
+        T sum = 0;
+        for (int64_t e = (c - first + channels) % channels; e < count; e += channels) sum += elements[e];
+        partial[(q * parts + blockIdx.x) * channels + c] = sum;
+      }
+    }
+  }
+}
+
+// One block per channel: the parts in order, then the chain rule through e^±s, and the log-det's share.
+template <class T>
+__global__ void __launch_bounds__(kThreads) actnorm_channel_gradients_kernel(
+    const T* log_scale, const T* partial, int64_t parts, const T* grad_log_det, T* grad_log_scale, T* grad_bias,
+    ActnormShape shape, bool inverse) {
+  const int64_t c = blockIdx.x;
+  double sums[2] = {}, from_log_det = 0;
+  for (int64_t part = threadIdx.x; part < parts; part += kThreads)
+    for (int q = 0; q < 2; ++q) sums[q] += static_cast<double>(partial[(q * parts + part) * shape.channels + c]);
+  for (int64_t b = threadIdx.x; b < shape.samples; b += kThreads) from_log_det += static_cast<double>(grad_log_det[b]);
+  for (double& sum : sums) sum = block_sum(sum);
+  from_log_det = block_sum(from_log_det) * static_cast<double>(shape.pixels);
+  if (threadIdx.x != 0) return;
+  const double scale = static_cast<double>(math::exp(inverse ? -log_scale[c] : log_scale[c]));
+  grad_log_scale[c] = static_cast<T>((inverse ? -1.0 : 1.0) * (scale * sums[1] + from_log_det));
+  grad_bias[c] = static_cast<T>(inverse ? -scale * sums[0] : sums[0]);
+}
+
+// ---- Launches ----
+
+// f(grid) with the widest vectors that the pointers allow.
+template <class S, class F>
+auto with_grid(const ActnormShape& shape, bool is_aligned, const F& f) {
+  constexpr int V = kVector<S>;
+  if (shape.by_rows) return is_aligned ? f(ActnormGrid<V, true>{shape}) : f(ActnormGrid<1, true>{shape});
+  return is_aligned ? f(ActnormGrid<V, false>{shape}) : f(ActnormGrid<1, false>{shape});
+}
+
+// S is the type of x, y and their gradients; T, float or double, that of everything else. x and y are dense in one format.
+template <class S, class T>
+cudaError_t actnorm_forward(
+    const S* x, const T* log_scale, const T* bias, S* y, T* log_det, const ActnormShape& shape, bool inverse, cudaStream_t stream) {
+  return with_grid<S>(shape, aligned(x) && aligned(y), [&](auto grid) {
+    using Grid = decltype(grid);
+    return launch(actnorm_forward_kernel<Grid, S, T>, grid.blocks(), stream, x, log_scale, bias, y, log_det, grid, inverse);
+  });
+}
+
+// How many T actnorm_backward needs in `partial`.
+template <class S>
+int64_t actnorm_partial_size(const ActnormShape& shape, bool is_aligned) {
+  if (shape.total() == 0) return 0;
+  return with_grid<S>(shape, is_aligned, [&](auto grid) { return 2 * shape.channels * grid.parts(grid.blocks(), shape.channels); });
+}
+
+template <class S, class T>
+cudaError_t actnorm_backward(
+    const S* x, const T* log_scale, const T* bias, const S* grad_y, const T* grad_log_det, S* grad_x, T* grad_log_scale,
+    T* grad_bias, T* partial, const ActnormShape& shape, bool inverse, cudaStream_t stream) {
+  if (shape.channels == 0) return cudaSuccess;
+  int64_t parts = 0;
+  if (shape.total() > 0) {
+    const bool is_aligned = aligned(x) && aligned(grad_y) && aligned(grad_x);
+    const cudaError_t error = with_grid<S>(shape, is_aligned, [&](auto grid) {
+      using Grid = decltype(grid);
+      const int64_t blocks = grid.blocks();
+      parts = grid.parts(blocks, shape.channels);
+      return launch(
+          actnorm_backward_kernel<Grid, S, T>, blocks, stream, x, log_scale, bias, grad_y, grad_x, partial, grid, inverse);
+    });
+    if (error != cudaSuccess) return error;
+  }
+  return launch(
+      actnorm_channel_gradients_kernel<T>, shape.channels, stream, log_scale, partial, parts, grad_log_det, grad_log_scale,
+      grad_bias, shape, inverse);
+}
+
+}  // namespace hflow::cuda

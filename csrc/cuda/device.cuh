@@ -1,0 +1,76 @@
+// What the CUDA kernels share: 16-byte accesses, block-wide sums, launches. Free of torch.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace hflow::cuda {
+
+constexpr int kThreads = 256;  // per block, of every kernel: a multiple of a warp that fits 6 blocks to an SM of any target
+
+// The most elements of S that one instruction moves.
+template <class S>
+inline constexpr int kVector = 16 / sizeof(S);
+
+// Elements [low, high) of V consecutive ones as compute type T, zeros for the others. All V go through one instruction if V =
+// kVector<S>, for which the pointer must be 16-byte aligned.
+template <int V, class T, class S>
+__device__ __forceinline__ void load(const S* __restrict__ from, int low, int high, T (&values)[V]) {
+  if (V == kVector<S> && low == 0 && high == V) {
+    const uint4 raw = *reinterpret_cast<const uint4*>(from);
+    S elements[kVector<S>];
+    memcpy(elements, &raw, sizeof(raw));
+#pragma unroll
+    for (int i = 0; i < V; ++i) values[i] = static_cast<T>(elements[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < V; ++i) values[i] = i >= low && i < high ? static_cast<T>(from[i]) : T(0);
+  }
+}
+
+template <int V, class T, class S>
+__device__ __forceinline__ void store(const T (&values)[V], int low, int high, S* __restrict__ to) {
+  if (V == kVector<S> && low == 0 && high == V) {
+    S elements[kVector<S>];
+#pragma unroll
+    for (int i = 0; i < V; ++i) elements[i] = static_cast<S>(values[i]);
+    uint4 raw;
+    memcpy(&raw, elements, sizeof(raw));
+    *reinterpret_cast<uint4*>(to) = raw;
+  } else {
+#pragma unroll
+    for (int i = 0; i < V; ++i)
+      if (i >= low && i < high) to[i] = static_cast<S>(values[i]);
+  }
+}
+
+inline bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+// The sum over a block of kThreads, in an order that never changes; valid in thread 0. Every thread of the block must call it.
+template <class T>
+__device__ T block_sum(T value) {
+  constexpr int warps = kThreads / 32;
+  __shared__ T partial[warps];
+  __syncthreads();  // a previous sum may still be read
+  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_down_sync(0xffffffffu, value, offset);
+  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = value;
+  __syncthreads();
+  T total = partial[0];
+  for (int warp = 1; warp < warps; ++warp) total += partial[warp];
+  return total;
+}
+
+__host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The only place that launches: no synchronisation, so every launch can be captured in a CUDA graph.
+template <class... Parameters, class... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, cudaStream_t stream, Arguments... arguments) {
+  kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(static_cast<Parameters>(arguments)...);
+  return cudaGetLastError();
+}
+
+}  // namespace hflow::cuda
