@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ __all__ = ["train"]
 @click.command()
 @click.option("--config", help="A preset (see hflow-fast info) or a JSON file.")
 @click.option("--data", type=click.Path(path_type=Path), help="Dataset folder made by hflow-fast dataset.")
-@click.option("--run", "directory", required=True, type=click.Path(path_type=Path), help="Folder of the run.")
+@click.option("--run", "directory", type=click.Path(path_type=Path),
+              help="Folder of the run.  [default: a new one, runs/<config>-<number>]")
 @click.option("--resume", is_flag=True, help="Continue the run from its last checkpoint.")
 @click.option("--steps", type=click.IntRange(min=1), help="End after this many optimizer steps.")
 @click.option("--epochs", type=click.IntRange(min=1), help="End after this many passes over the data.")
@@ -28,7 +30,7 @@ __all__ = ["train"]
 @device_option
 @threads_option
 def train(
-    config: str | None, data: Path | None, directory: Path, resume: bool, steps: int | None, epochs: int | None,
+    config: str | None, data: Path | None, directory: Path | None, resume: bool, steps: int | None, epochs: int | None,
     hours: float | None, batch_size: int | None, seed: int | None, device: str,
 ) -> None:
     """Train a model.
@@ -50,6 +52,8 @@ def train(
     if resume:
         if config is not None or batch_size is not None or seed is not None:
             raise click.UsageError("--resume keeps the run's configuration: leave out --config, --batch-size, --seed.")
+        if directory is None:
+            raise click.UsageError("say which run to continue with --run.")
         run = RunDirectory.open(directory)
         settings = run.read_config()
     elif config is None:
@@ -72,7 +76,8 @@ def train(
     model = HFlow.from_config(settings)
     check_dataset(dataset, model.resolution, general)
     if not resume:
-        run = RunDirectory.create(directory, settings)
+        run = RunDirectory.create(directory or _new_directory(config), settings)
+        click.echo(f"{run.path}: training {config}, {general.dataset_path}")
     with run.lock():
         trainer = Trainer(model, dataset, run, settings, device)
         if resume:
@@ -87,6 +92,12 @@ def train(
         click.echo(f"{run.path}: {ended} at step {trainer.step_count}, saved; continue with --resume.")
         raise SystemExit(128 + signal.Signals[ended])
     click.echo(f"{run.path}: finished at step {trainer.step_count}.")
+
+
+def _new_directory(config: str) -> Path:
+    """runs/<config>-<number> with the first number that is free."""
+    stem = Path(config).stem
+    return next(path for number in itertools.count(1) if not (path := Path("runs") / f"{stem}-{number}").exists())
 
 
 def _override(

@@ -42,6 +42,16 @@ def test_a_run_and_its_continuation(data: Path, run: Path, tmp_path: Path) -> No
     assert general["STEPS"] == 3 and general["EPOCHS"] is None and general["DATASET_PATH"] == str(data)
 
 
+def test_runs_without_a_name_are_numbered(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for number in (1, 2):
+        result = hflow_fast("train", "--config", "tiny-16", "--data", data, "--steps", 1)
+        assert result.exit_code == 0, result.output
+        assert f"runs/tiny-16-{number}: training tiny-16" in result.output
+        assert saved_step(Path("runs") / f"tiny-16-{number}") == 1
+    assert_one_line_error(hflow_fast("train", "--resume"), "--run")
+
+
 def test_an_existing_run_is_not_touched(data: Path, run: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     result = hflow_fast("train", "--config", "tiny-16", "--data", data, "--run", run, "--steps", 1)
