@@ -29,7 +29,8 @@ inline void skip_without_gpu() {
 template <class T>
 class Buffer {
  public:
-  explicit Buffer(size_t n, size_t offset = 0) : size_(n), offset_(offset), bytes_((n + offset) * sizeof(T) + 2 * kGuard) {
+  explicit Buffer(size_t n, size_t offset = 0)
+      : size_(n), offset_(offset), bytes_((n + offset) * sizeof(T) + 2 * kGuard) {
     require(cudaMalloc(&memory_, bytes_), "cudaMalloc");
     require(cudaMemset(memory_, kFill, bytes_), "cudaMemset");
   }
@@ -51,7 +52,8 @@ class Buffer {
     const size_t begin = kGuard + offset_ * sizeof(T), end = begin + size_ * sizeof(T);
     for (size_t i = 0; i < bytes_; ++i) {
       if ((i < begin || i >= end) && bytes[i] != kFill) {
-        std::printf("a kernel wrote outside its output, %lld bytes from its start\n", static_cast<long long>(i - begin));
+        std::printf("a kernel wrote outside its output, %lld bytes from its start\n",
+                    static_cast<long long>(i - begin));
         std::exit(1);
       }
     }

@@ -82,10 +82,10 @@ void test_coupling(ScaleMap map, Form form, bool inverse) {
         test::expect_close(at + "grad_t", grad_t, slope([&](double v) { return loss(x, s, v); }, t), kDifference);
 
         const double scale = std::exp(expected_log_scale(map, s, 1.5)), shift = std::fmin(std::fmax(t, -2.5), 2.5);
-        const double forward = form == Form::scale_shift ? scale * x + shift
-                                                         : (form == Form::add_scale ? x + shift : x - shift) * scale;
-        const double backward = form == Form::scale_shift ? (x - shift) / scale
-                                                          : x / scale + (form == Form::add_scale ? -shift : shift);
+        const double forward =
+            form == Form::scale_shift ? scale * x + shift : (form == Form::add_scale ? x + shift : x - shift) * scale;
+        const double backward =
+            form == Form::scale_shift ? (x - shift) / scale : x / scale + (form == Form::add_scale ? -shift : shift);
         test::expect_close(at + "y", y, inverse ? backward : forward, 1e-13);
       }
     }

@@ -1,8 +1,9 @@
-// conv1x1 on the CPU: y = W x + b per pixel, up to 32 channels, and its backward. (Python sends more channels to matmul.)
+// conv1x1 on the CPU: y = W x + b per pixel, up to 32 channels, and its backward. (Python sends more to matmul.)
 //
-// Threads: fixed groups of consecutive tiles, of about 4 Ki elements each. Bytes: one read and one write of x forward; two
-// reads and one write backward. A tile is channels × pixels; in L1, every output row is a sum of weighted input rows, which
-// vectorises over pixels for any number of channels. Channels_last tiles are transposed into that shape and back.
+// Threads: fixed groups of consecutive tiles, of about 4 Ki elements each. Bytes: one read and one write of x forward;
+// two reads and one write backward. A tile is channels × pixels; in L1, every output row is a sum of weighted input
+// rows, which vectorises over pixels for any number of channels. Channels_last tiles are transposed into that shape and
+// back.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
@@ -58,7 +59,8 @@ void check(const Tensor& x, const Tensor& weight, const Tensor& bias) {
   check_floating("conv1x1", "bias", bias);
   check_shape("conv1x1", "weight", weight, {x.size(1), x.size(1)});
   check_shape("conv1x1", "bias", bias, {x.size(1)});
-  if (x.size(1) > kMaxMixChannels) fail("conv1x1", "x must have at most ", kMaxMixChannels, " channels here, got ", x.size(1));
+  if (x.size(1) > kMaxMixChannels)
+    fail("conv1x1", "x must have at most ", kMaxMixChannels, " channels here, got ", x.size(1));
 }
 
 Tensor conv1x1_fwd(Tensor x, Tensor weight, Tensor bias) {
@@ -72,7 +74,8 @@ Tensor conv1x1_fwd(Tensor x, Tensor weight, Tensor bias) {
     using T = decltype(t);
     std::vector<T> bias_values(x.size(1));
     gather(Memory::of(bias), 0, bias_values.data(), {1, x.size(1), 0, 1, 0});
-    forward<T>(Tiling(x, format, kTileElements, true), Memory::of(x), matrix_of<T>(weight, false).data(), bias_values.data(), Memory::of(y));
+    forward<T>(Tiling(x, format, kTileElements, true), Memory::of(x), matrix_of<T>(weight, false).data(),
+               bias_values.data(), Memory::of(y));
   });
   return y;
 }
@@ -90,7 +93,8 @@ std::tuple<Tensor, Tensor, Tensor> conv1x1_bwd(Tensor x, Tensor weight, Tensor b
   visit_compute_type(x.scalar_type(), [&](auto t) {
     using T = decltype(t);
     if (x.numel() == 0) return;
-    sums = backward<T>(Tiling(x, format, kTileElements, true), Memory::of(x), Memory::of(grad_y), matrix_of<T>(weight, true).data(), Memory::of(grad_x));
+    sums = backward<T>(Tiling(x, format, kTileElements, true), Memory::of(x), Memory::of(grad_y),
+                       matrix_of<T>(weight, true).data(), Memory::of(grad_x));
   });
   scatter(sums.data(), Memory::of(grad_weight), 0, {1, channels * channels, 0, 1, 0});
   scatter(sums.data() + channels * channels, Memory::of(grad_bias), 0, {1, channels, 0, 1, 0});

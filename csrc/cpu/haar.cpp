@@ -1,8 +1,8 @@
 // haar on the CPU: the orthonormal Haar transform of every 2^levels block of pixels, forward and inverse.
 //
-// Threads: rows of blocks of some channels. Bytes: one read and one write of x for any number of levels. Splitting all bands
-// at every level makes the transform of a block a Walsh–Hadamard transform of its n = 2^(levels·dims) pixels: slot k of
-// the n is a position before it and a band after it, so it runs in place on n rows of neighbouring blocks.
+// Threads: rows of blocks of some channels. Bytes: one read and one write of x for any number of levels. Splitting all
+// bands at every level makes the transform of a block a Walsh–Hadamard transform of its n = 2^(levels·dims) pixels:
+// slot k of the n is a position before it and a band after it, so it runs in place on n rows of neighbouring blocks.
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
@@ -19,7 +19,7 @@ namespace {
 
 constexpr int64_t kTileElements = 4096;  // of a unit's buffer, which stays in L1
 
-// In-place Walsh–Hadamard transform across n rows (a power of two); rows are scaled after it, or before it if `inverse`.
+// In-place Walsh–Hadamard transform across n rows (a power of two), scaled after it, or before it if `inverse`.
 template <class T>
 struct WalshHadamard {
   HFLOW_LEAF void scale(T* rows, int64_t n, int64_t length, const T* gains) {
@@ -61,12 +61,14 @@ struct Side {
   }
 };
 
-// The bits of slot k are the band numbers of all levels, the first level's highest; a band number has one bit per axis, the
-// last axis lowest. Bit by bit, they are also the coordinates of pixel k in its block.
+// The bits of slot k are the band numbers of all levels, the first level's highest; a band number has one bit per axis,
+// the last axis lowest. Bit by bit, they are also the coordinates of pixel k in its block.
 struct Slots {
   int64_t dims, levels, count = int64_t{1} << (dims * levels);
 
-  int64_t band(int64_t k, int64_t level) const { return k >> (dims * (levels - 1 - level)) & ((int64_t{1} << dims) - 1); }
+  int64_t band(int64_t k, int64_t level) const {
+    return k >> (dims * (levels - 1 - level)) & ((int64_t{1} << dims) - 1);
+  }
 
   Side image(const Tensor& x) const {
     Side side{Memory::of(x), x.stride(0), x.stride(1), {}, std::vector<int64_t>(count)};
@@ -108,17 +110,20 @@ struct Slots {
 
 // A unit of work is a row of blocks of some colours; of the two, `inner` is the one that lies side by side in memory.
 template <class T>
-void transform(const Slots& slots, const Side& from, const Side& to, const Tensor& bands, const std::vector<T>& gains, bool inverse) {
+void transform(const Slots& slots, const Side& from, const Side& to, const Tensor& bands, const std::vector<T>& gains,
+               bool inverse) {
   const int64_t n = slots.count, colours = bands.size(1) / n;
   const std::vector<int64_t> blocks(bands.sizes().begin() + 2, bands.sizes().end());
   const int64_t rows = bands.numel() / (bands.size(0) * bands.size(1) * blocks.back());
   const bool colours_inner = bands.stride(1) == 1;
   const int64_t tile = std::max<int64_t>(1, kTileElements / n);
-  const int64_t row_tile = std::min(blocks.back(), tile), colour_tile = std::min(colours, std::max<int64_t>(1, tile / row_tile));
+  const int64_t row_tile = std::min(blocks.back(), tile),
+                colour_tile = std::min(colours, std::max<int64_t>(1, tile / row_tile));
   const int64_t colour_tiles = (colours + colour_tile - 1) / colour_tile;
 
   parallel_units(bands.size(0) * rows * colour_tiles, n * blocks.back() * colour_tile, [&](int64_t unit) {
-    const int64_t colour = unit % colour_tiles * colour_tile, row = unit / colour_tiles % rows, sample = unit / colour_tiles / rows;
+    const int64_t colour = unit % colour_tiles * colour_tile, row = unit / colour_tiles % rows,
+                  sample = unit / colour_tiles / rows;
     const int64_t from_at = from.at(sample, colour, row, blocks), to_at = to.at(sample, colour, row, blocks);
     const int64_t unit_colours = std::min(colour_tile, colours - colour);
     const std::unique_ptr<T[]> buffer(new T[n * row_tile * unit_colours]);
@@ -142,11 +147,13 @@ std::vector<int64_t> shape_after(const Tensor& x, int64_t levels, bool inverse) 
   const int64_t n = int64_t{1} << ((x.dim() - 2) * levels), side = int64_t{1} << levels;
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   if (inverse && sizes[1] % n != 0)
-    fail("haar", "x must have a multiple of ", n, " channels for the inverse of ", levels, " level(s), got ", shape_of(x));
+    fail("haar", "x must have a multiple of ", n, " channels for the inverse of ", levels, " level(s), got ",
+         shape_of(x));
   sizes[1] = inverse ? sizes[1] / n : sizes[1] * n;
   for (int64_t d = 2; d < x.dim(); ++d) {
     if (!inverse && sizes[d] % side != 0)
-      fail("haar", "the spatial sizes of x must be multiples of ", side, " for ", levels, " level(s), got ", shape_of(x));
+      fail("haar", "the spatial sizes of x must be multiples of ", side, " for ", levels, " level(s), got ",
+           shape_of(x));
     sizes[d] = inverse ? sizes[d] * side : sizes[d] / side;
   }
   return sizes;
@@ -155,7 +162,8 @@ std::vector<int64_t> shape_after(const Tensor& x, int64_t levels, bool inverse) 
 Tensor haar_fwd(Tensor x, int64_t levels, bool by_colour, double gain, double average_gain, bool inverse) {
   check_flow_variable("haar", "x", x);
   const int64_t dims = x.dim() - 2;
-  if (dims < 1 || dims > 3) fail("haar", "x must have shape (B, C, L), (B, C, H, W) or (B, C, D, H, W), got ", shape_of(x));
+  if (dims < 1 || dims > 3)
+    fail("haar", "x must have shape (B, C, L), (B, C, H, W) or (B, C, D, H, W), got ", shape_of(x));
   if (levels < 1 || dims * levels > 30) fail("haar", "levels must be from 1 to ", 30 / dims, ", got ", levels);
   const MemoryFormat format = format_of(x);
   x = as_format(x, format);

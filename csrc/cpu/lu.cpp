@@ -1,7 +1,7 @@
 // lu on the CPU: log|det W| and W⁻¹ of many small matrices by one LU factorisation each, in float64 whatever the input.
 //
-// Threads: matrices. Bytes: one read and one write of every matrix; the work is 8/3·n³ flops per matrix, in L1 for the sizes
-// that flows use. All inner loops run along rows, so they vectorise.
+// Threads: matrices. Bytes: one read and one write of every matrix; the work is 8/3·n³ flops per matrix, in L1 for the
+// sizes that flows use. All inner loops run along rows, so they vectorise.
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
@@ -20,7 +20,8 @@ namespace {
 
 // Turns a (n × n, by rows) into its LU factors and `inverse` into a⁻¹; returns log|det a|.
 struct FactorAndInvert {
-  HFLOW_LEAF void subtract_row(double* __restrict row, const double* __restrict other, double factor, int64_t begin, int64_t n) {
+  HFLOW_LEAF void subtract_row(double* __restrict row, const double* __restrict other, double factor, int64_t begin,
+                               int64_t n) {
     for (int64_t j = begin; j < n; ++j) row[j] -= factor * other[j];
   }
 

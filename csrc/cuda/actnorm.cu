@@ -41,15 +41,15 @@ std::tuple<Tensor, Tensor> actnorm_fwd(Tensor x, Tensor log_scale, Tensor bias, 
   cuda::visit_types(in.x.scalar_type(), [&](auto s, auto t) {
     using S = decltype(s);
     using T = decltype(t);
-    cuda::check(cuda::actnorm_forward(
-        cuda::data<S>(in.x), cuda::data<T>(in.log_scale), cuda::data<T>(in.bias), cuda::data<S>(y), cuda::data<T>(log_det),
-        in.shape, inverse, cuda::current_stream(in.x)));
+    cuda::check(cuda::actnorm_forward(cuda::data<S>(in.x), cuda::data<T>(in.log_scale), cuda::data<T>(in.bias),
+                                      cuda::data<S>(y), cuda::data<T>(log_det), in.shape, inverse,
+                                      cuda::current_stream(in.x)));
   });
   return {y, log_det};
 }
 
-std::tuple<Tensor, Tensor, Tensor> actnorm_bwd(
-    Tensor x, Tensor log_scale, Tensor bias, Tensor grad_y, Tensor grad_log_det, bool inverse) {
+std::tuple<Tensor, Tensor, Tensor> actnorm_bwd(Tensor x, Tensor log_scale, Tensor bias, Tensor grad_y,
+                                               Tensor grad_log_det, bool inverse) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const Inputs in(x, log_scale, bias);
   check_floating("actnorm", "grad_y", grad_y);
@@ -61,16 +61,18 @@ std::tuple<Tensor, Tensor, Tensor> actnorm_bwd(
   grad_y = as_format(cuda::as_type(grad_y, x.scalar_type()), in.format);
   grad_log_det = cuda::as_type(grad_log_det, compute_type(x.scalar_type()));
   Tensor grad_x = empty_in(in.x, in.format);
-  Tensor grad_log_scale = empty_in(in.log_scale, MemoryFormat::Contiguous), grad_bias = empty_in(in.bias, MemoryFormat::Contiguous);
+  Tensor grad_log_scale = empty_in(in.log_scale, MemoryFormat::Contiguous),
+         grad_bias = empty_in(in.bias, MemoryFormat::Contiguous);
   cuda::visit_types(x.scalar_type(), [&](auto s, auto t) {
     using S = decltype(s);
     using T = decltype(t);
-    const bool is_aligned = cuda::aligned(in.x.data_ptr()) && cuda::aligned(grad_y.data_ptr()) && cuda::aligned(grad_x.data_ptr());
+    const bool is_aligned =
+        cuda::aligned(in.x.data_ptr()) && cuda::aligned(grad_y.data_ptr()) && cuda::aligned(grad_x.data_ptr());
     Tensor partial = empty(in.x, {cuda::actnorm_partial_size<S>(in.shape, is_aligned)}, compute_type(x.scalar_type()));
-    cuda::check(cuda::actnorm_backward(
-        cuda::data<S>(in.x), cuda::data<T>(in.log_scale), cuda::data<T>(in.bias), cuda::data<S>(grad_y),
-        cuda::data<T>(grad_log_det), cuda::data<S>(grad_x), cuda::data<T>(grad_log_scale), cuda::data<T>(grad_bias),
-        cuda::data<T>(partial), in.shape, inverse, cuda::current_stream(in.x)));
+    cuda::check(cuda::actnorm_backward(cuda::data<S>(in.x), cuda::data<T>(in.log_scale), cuda::data<T>(in.bias),
+                                       cuda::data<S>(grad_y), cuda::data<T>(grad_log_det), cuda::data<S>(grad_x),
+                                       cuda::data<T>(grad_log_scale), cuda::data<T>(grad_bias), cuda::data<T>(partial),
+                                       in.shape, inverse, cuda::current_stream(in.x)));
   });
   return {grad_x, cuda::as_type(grad_log_scale, log_scale.scalar_type()), cuda::as_type(grad_bias, bias.scalar_type())};
 }

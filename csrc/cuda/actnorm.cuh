@@ -1,12 +1,13 @@
 // actnorm on CUDA: y = x·e^s + b per channel, its inverse and backward. Torch-free: raw pointers and a stream.
 //
 // Bound by memory: forward reads x and writes y, backward reads x and grad_y and writes grad_x, in 16-byte accesses.
-//   contiguous      A block works on one channel of all samples, so its scale is one register. A thread's vector is a 16-byte
-//                   window of memory; where a row of pixels starts or ends inside it, its elements are accessed singly.
-//   channels_last   The grid walks all elements; its stride is a multiple of C, so the channels of a thread's elements never
-//                   change, and their scales and sums stay in registers, too.
-// Backward's channel sums go through one partial sum per block and a second small kernel: no atomics. Grids depend on the
-// shape alone, so results have the same bits from run to run and from GPU to GPU.
+//   contiguous      A block works on one channel of all samples, so its scale is one register. A thread's vector is a
+//                   16-byte window of memory; where a row of pixels starts or ends inside it, its elements are accessed
+//                   singly.
+//   channels_last   The grid walks all elements; its stride is a multiple of C, so the channels of a thread's elements
+//                   never change, and their scales and sums stay in registers, too.
+// Backward's channel sums go through one partial sum per block and a second small kernel: no atomics. Grids depend on
+// the shape alone, so results have the same bits from run to run and from GPU to GPU.
 #pragma once
 
 #include <algorithm>
@@ -45,12 +46,15 @@ struct ActnormGrid {
       const int64_t most = std::max<int64_t>(1, kMaxBlocks / shape.channels);
       return shape.channels * std::min(most, ceil_div(shape.samples * windows(), share));
     }
-    const int64_t step = shape.channels / std::gcd(shape.channels, int64_t{kThreads} * V);  // keeps the stride a multiple of C
+    // Blocks in multiples of this keep the stride a multiple of C.
+    const int64_t step = shape.channels / std::gcd(shape.channels, int64_t{kThreads} * V);
     return ceil_div(std::min(kMaxBlocks, ceil_div(shape.total(), share * V)), step) * step;
   }
 
   // Partial sums per channel: the blocks that work on it, or (channels_last) may do so.
-  __host__ __device__ static int64_t parts(int64_t blocks, int64_t channels) { return ByRows ? blocks / channels : blocks; }
+  __host__ __device__ static int64_t parts(int64_t blocks, int64_t channels) {
+    return ByRows ? blocks / channels : blocks;
+  }
 
   // The channel of element i of this thread's vectors.
   __device__ int64_t channel(int i) const {
@@ -61,15 +65,18 @@ struct ActnormGrid {
   template <class F>
   __device__ void walk(const F& f) const {
     if constexpr (ByRows) {
-      const int64_t part = blockIdx.x / shape.channels, parts = gridDim.x / shape.channels, channel = blockIdx.x % shape.channels;
+      const int64_t channel = blockIdx.x % shape.channels;
+      const int64_t part = blockIdx.x / shape.channels, parts = gridDim.x / shape.channels;
       for (int64_t i = part * kThreads + threadIdx.x; i < shape.samples * windows(); i += parts * kThreads) {
         const int64_t begin = (i / windows() * shape.channels + channel) * shape.pixels, end = begin + shape.pixels;
         const int64_t offset = (begin / V + i % windows()) * V;
-        if (offset < end) f(offset, static_cast<int>(max(begin - offset, int64_t{0})), static_cast<int>(min(end - offset, int64_t{V})));
+        if (offset < end)
+          f(offset, static_cast<int>(max(begin - offset, int64_t{0})), static_cast<int>(min(end - offset, int64_t{V})));
       }
     } else {
       const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads * V;
-      for (int64_t offset = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * V; offset < shape.total(); offset += stride)
+      for (int64_t offset = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * V; offset < shape.total();
+           offset += stride)
         f(offset, 0, static_cast<int>(min(shape.total() - offset, int64_t{V})));
     }
   }
@@ -112,15 +119,16 @@ struct ThreadAffines {
 };
 
 template <class Grid, class S, class T>
-__global__ void __launch_bounds__(kThreads) actnorm_forward_kernel(
-    const S* x, const T* log_scale, const T* bias, S* y, T* log_det, Grid grid, bool inverse) {
+__global__ void __launch_bounds__(kThreads)
+    actnorm_forward_kernel(const S* x, const T* log_scale, const T* bias, S* y, T* log_det, Grid grid, bool inverse) {
   if (grid.shape.total() > 0) {
     const ThreadAffines<Grid, T> affine(grid, log_scale, bias, inverse);
     grid.walk([&](int64_t offset, int low, int high) {
       T values[Grid::vector];
       load(x + offset, low, high, values);
 #pragma unroll
-      for (int i = 0; i < Grid::vector; ++i) values[i] = (values[i] - affine[i].center) * affine[i].scale + affine[i].shift;
+      for (int i = 0; i < Grid::vector; ++i)
+        values[i] = (values[i] - affine[i].center) * affine[i].scale + affine[i].shift;
       store(values, low, high, y + offset);
     });
   }
@@ -129,8 +137,9 @@ __global__ void __launch_bounds__(kThreads) actnorm_forward_kernel(
 
 // grad_x, and the channels' Σ grad_y and Σ grad_y·(x − center) block by block: partial[2][parts][channels].
 template <class Grid, class S, class T>
-__global__ void __launch_bounds__(kThreads) actnorm_backward_kernel(
-    const S* x, const T* log_scale, const T* bias, const S* grad_y, S* grad_x, T* partial, Grid grid, bool inverse) {
+__global__ void __launch_bounds__(kThreads)
+    actnorm_backward_kernel(const S* x, const T* log_scale, const T* bias, const S* grad_y, S* grad_x, T* partial,
+                            Grid grid, bool inverse) {
   const ThreadAffines<Grid, T> affine(grid, log_scale, bias, inverse);
   T sums[2][Grid::kinds] = {};
   grid.walk([&](int64_t offset, int low, int high) {
@@ -175,9 +184,9 @@ __global__ void __launch_bounds__(kThreads) actnorm_backward_kernel(
 
 // One block per channel: the parts in order, then the chain rule through e^±s, and the log-det's share.
 template <class T>
-__global__ void __launch_bounds__(kThreads) actnorm_channel_gradients_kernel(
-    const T* log_scale, const T* partial, int64_t parts, const T* grad_log_det, T* grad_log_scale, T* grad_bias,
-    ActnormShape shape, bool inverse) {
+__global__ void __launch_bounds__(kThreads)
+    actnorm_channel_gradients_kernel(const T* log_scale, const T* partial, int64_t parts, const T* grad_log_det,
+                                     T* grad_log_scale, T* grad_bias, ActnormShape shape, bool inverse) {
   const int64_t c = blockIdx.x;
   double sums[2] = {}, from_log_det = 0;
   for (int64_t part = threadIdx.x; part < parts; part += kThreads)
@@ -201,13 +210,14 @@ auto with_grid(const ActnormShape& shape, bool is_aligned, const F& f) {
   return is_aligned ? f(ActnormGrid<V, false>{shape}) : f(ActnormGrid<1, false>{shape});
 }
 
-// S is the type of x, y and their gradients; T, float or double, that of everything else. x and y are dense in one format.
+// S is the type of x, y and their gradients; T, float or double, of all else. x and y are dense in one format.
 template <class S, class T>
-cudaError_t actnorm_forward(
-    const S* x, const T* log_scale, const T* bias, S* y, T* log_det, const ActnormShape& shape, bool inverse, cudaStream_t stream) {
+cudaError_t actnorm_forward(const S* x, const T* log_scale, const T* bias, S* y, T* log_det, const ActnormShape& shape,
+                            bool inverse, cudaStream_t stream) {
   return with_grid<S>(shape, aligned(x) && aligned(y), [&](auto grid) {
     using Grid = decltype(grid);
-    return launch(actnorm_forward_kernel<Grid, S, T>, grid.blocks(), stream, x, log_scale, bias, y, log_det, grid, inverse);
+    return launch(actnorm_forward_kernel<Grid, S, T>, grid.blocks(), stream, x, log_scale, bias, y, log_det, grid,
+                  inverse);
   });
 }
 
@@ -215,13 +225,14 @@ cudaError_t actnorm_forward(
 template <class S>
 int64_t actnorm_partial_size(const ActnormShape& shape, bool is_aligned) {
   if (shape.total() == 0) return 0;
-  return with_grid<S>(shape, is_aligned, [&](auto grid) { return 2 * shape.channels * grid.parts(grid.blocks(), shape.channels); });
+  return with_grid<S>(shape, is_aligned,
+                      [&](auto grid) { return 2 * shape.channels * grid.parts(grid.blocks(), shape.channels); });
 }
 
 template <class S, class T>
-cudaError_t actnorm_backward(
-    const S* x, const T* log_scale, const T* bias, const S* grad_y, const T* grad_log_det, S* grad_x, T* grad_log_scale,
-    T* grad_bias, T* partial, const ActnormShape& shape, bool inverse, cudaStream_t stream) {
+cudaError_t actnorm_backward(const S* x, const T* log_scale, const T* bias, const S* grad_y, const T* grad_log_det,
+                             S* grad_x, T* grad_log_scale, T* grad_bias, T* partial, const ActnormShape& shape,
+                             bool inverse, cudaStream_t stream) {
   if (shape.channels == 0) return cudaSuccess;
   int64_t parts = 0;
   if (shape.total() > 0) {
@@ -230,14 +241,13 @@ cudaError_t actnorm_backward(
       using Grid = decltype(grid);
       const int64_t blocks = grid.blocks();
       parts = grid.parts(blocks, shape.channels);
-      return launch(
-          actnorm_backward_kernel<Grid, S, T>, blocks, stream, x, log_scale, bias, grad_y, grad_x, partial, grid, inverse);
+      return launch(actnorm_backward_kernel<Grid, S, T>, blocks, stream, x, log_scale, bias, grad_y, grad_x, partial,
+                    grid, inverse);
     });
     if (error != cudaSuccess) return error;
   }
-  return launch(
-      actnorm_channel_gradients_kernel<T>, shape.channels, stream, log_scale, partial, parts, grad_log_det, grad_log_scale,
-      grad_bias, shape, inverse);
+  return launch(actnorm_channel_gradients_kernel<T>, shape.channels, stream, log_scale, partial, parts, grad_log_det,
+                grad_log_scale, grad_bias, shape, inverse);
 }
 
 }  // namespace hflow::cuda

@@ -10,14 +10,14 @@
 
 namespace hflow::cuda {
 
-constexpr int kThreads = 256;  // per block, of every kernel: a multiple of a warp that fits 6 blocks to an SM of any target
+constexpr int kThreads = 256;  // per block, of every kernel: six such blocks fit on an SM of any target
 
 // The most elements of S that one instruction moves.
 template <class S>
 inline constexpr int kVector = 16 / sizeof(S);
 
-// Elements [low, high) of V consecutive ones as compute type T, zeros for the others. All V go through one instruction if V =
-// kVector<S>, for which the pointer must be 16-byte aligned.
+// Elements [low, high) of V consecutive ones as compute type T, zeros for the others. All V go through one instruction
+// if V = kVector<S>, for which the pointer must be 16-byte aligned.
 template <int V, class T, class S>
 __device__ __forceinline__ void load(const S* __restrict__ from, int low, int high, T (&values)[V]) {
   if (V == kVector<S> && low == 0 && high == V) {
@@ -50,7 +50,7 @@ __device__ __forceinline__ void store(const T (&values)[V], int low, int high, S
 
 inline bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-// The sum over a block of kThreads, in an order that never changes; valid in thread 0. Every thread of the block must call it.
+// The sum over a block of kThreads, always in the same order; valid in thread 0. Every thread of the block calls it.
 template <class T>
 __device__ T block_sum(T value) {
   constexpr int warps = kThreads / 32;
