@@ -20,13 +20,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from torch.utils.cpp_extension import CUDA_HOME, include_paths
+from torch.utils.cpp_extension import COMMON_NVCC_FLAGS, CUDA_HOME, include_paths
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 CACHE = ROOT / "build" / "cuda-check"
 ARCHITECTURES = ("80", "86", "90")
-FLAGS = ("-std=c++17", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-Xptxas", "-v")  # as in setup.py
+# What the build uses: torch's own flags (some switch operators of the half types off) and those of setup.py.
+FLAGS = (*COMMON_NVCC_FLAGS, "-std=c++17", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-Xptxas", "-v")
 
 WIDE_LOAD = re.compile(r"\bld\.global(?:\.nc)?(?:\.\w+)*\.v(?:4\.[a-z]32|2\.[a-z]64|8\.[a-z]16)\b")
 WIDE_STORE = re.compile(r"\bst\.global(?:\.\w+)*\.v(?:4\.[a-z]32|2\.[a-z]64|8\.[a-z]16)\b")

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 namespace hflow::cuda {
 
@@ -15,6 +16,29 @@ constexpr int kThreads = 256;  // per block, of every kernel: six such blocks fi
 // The most elements of S that one instruction moves.
 template <class S>
 inline constexpr int kVector = 16 / sizeof(S);
+
+// Between memory type S and compute type T, by name: torch's build switches the half types' own conversions off.
+template <class T, class S>
+__device__ __forceinline__ T to_compute(S value) {
+  if constexpr (std::is_same_v<S, __half>) {
+    return __half2float(value);
+  } else if constexpr (std::is_same_v<S, __nv_bfloat16>) {
+    return __bfloat162float(value);
+  } else {
+    return value;
+  }
+}
+
+template <class S, class T>
+__device__ __forceinline__ S to_memory(T value) {
+  if constexpr (std::is_same_v<S, __half>) {
+    return __float2half_rn(value);
+  } else if constexpr (std::is_same_v<S, __nv_bfloat16>) {
+    return __float2bfloat16_rn(value);
+  } else {
+    return value;
+  }
+}
 
 // Elements [low, high) of V consecutive ones as compute type T, zeros for the others. All V go through one instruction
 // if V = kVector<S>, for which the pointer must be 16-byte aligned.
@@ -25,10 +49,10 @@ __device__ __forceinline__ void load(const S* __restrict__ from, int low, int hi
     S elements[kVector<S>];
     memcpy(elements, &raw, sizeof(raw));
 #pragma unroll
-    for (int i = 0; i < V; ++i) values[i] = static_cast<T>(elements[i]);
+    for (int i = 0; i < V; ++i) values[i] = to_compute<T>(elements[i]);
   } else {
 #pragma unroll
-    for (int i = 0; i < V; ++i) values[i] = i >= low && i < high ? static_cast<T>(from[i]) : T(0);
+    for (int i = 0; i < V; ++i) values[i] = i >= low && i < high ? to_compute<T>(from[i]) : T(0);
   }
 }
 
@@ -37,14 +61,14 @@ __device__ __forceinline__ void store(const T (&values)[V], int low, int high, S
   if (V == kVector<S> && low == 0 && high == V) {
     S elements[kVector<S>];
 #pragma unroll
-    for (int i = 0; i < V; ++i) elements[i] = static_cast<S>(values[i]);
+    for (int i = 0; i < V; ++i) elements[i] = to_memory<S>(values[i]);
     uint4 raw;
     memcpy(&raw, elements, sizeof(raw));
     *reinterpret_cast<uint4*>(to) = raw;
   } else {
 #pragma unroll
     for (int i = 0; i < V; ++i)
-      if (i >= low && i < high) to[i] = static_cast<S>(values[i]);
+      if (i >= low && i < high) to[i] = to_memory<S>(values[i]);
   }
 }
 

@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# Everything that wants a GPU, in one command and under 10 minutes: build with CUDA, C++ tests, the tests marked cuda,
+# compute-sanitizer, op timings.
+#   benchmarks/gpu.sh [FOLDER]     FOLDER defaults to $OUT, then to runs/gpu; every step leaves its log there
+# Needs nvcc and a torch built with CUDA; PYTHON chooses the interpreter. Goes on after a failed step, and says so at the end.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+out=$(mkdir -p "${1:-${OUT:-runs/gpu}}" && cd "${1:-${OUT:-runs/gpu}}" && pwd)
+failed=()
+: > "$out/summary.txt"
+
+say() { echo "$*" | tee -a "$out/summary.txt"; }
+
+# step NAME SECONDS COMMAND…
+step() {
+  local name=$1 limit=$2 begin=$SECONDS status=0
+  shift 2
+  timeout "$limit" "$@" > "$out/$name.log" 2>&1 || status=$?
+  if [ "$status" = 0 ]; then
+    say "ok      $name ($((SECONDS - begin)) s)"
+  else
+    say "FAILED  $name ($((SECONDS - begin)) s, exit $status): see $out/$name.log"
+    tail -n 15 "$out/$name.log"
+    failed+=("$name")
+  fi
+  return "$status"
+}
+
+capability=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())' 2> "$out/device.log") || {
+  echo "gpu.sh: $python sees no CUDA device through torch; see $out/device.log" >&2
+  exit 1
+}
+architecture=${capability/./}
+step versions 60 bash -c "nvidia-smi; nvcc --version; $python -m torch.utils.collect_env"
+HFLOW_FAST_CUDA=1 TORCH_CUDA_ARCH_LIST=$capability MAX_JOBS=$(nproc) step build 300 "$python" setup.py build_ext --inplace || {
+  say "without a build nothing else can run"
+  exit 1
+}
+
+# CTest where there is CMake; else the same tests by hand.
+tests="$PWD/build/gpu-tests"
+mkdir -p "$tests"
+if command -v cmake > /dev/null; then
+  step ctest 180 bash -c "cmake -S . -B '$tests' -DCMAKE_CUDA_ARCHITECTURES=$architecture && cmake --build '$tests' \
+    --parallel $(nproc) && ctest --test-dir '$tests' --output-on-failure"
+else
+  step ctest 180 bash -c "set -e; for source in cuda_tests/test_*.cu; do name=\$(basename \$source .cu); \
+    nvcc -std=c++17 -O3 -arch=sm_$architecture -Icsrc \$source -o '$tests'/\$name; '$tests'/\$name; done"
+fi
+
+step pytest 240 "$python" -m pytest -q -m cuda python_tests
+
+if command -v compute-sanitizer > /dev/null; then
+  for source in cuda_tests/test_*.cu; do
+    name=$(basename "$source" .cu)
+    step "memcheck-$name" 180 compute-sanitizer --tool memcheck --error-exitcode 1 "$tests/$name"
+  done
+else
+  say "skipped memcheck: compute-sanitizer is not on PATH"
+fi
+
+step bench 180 "$python" benchmarks/bench_ops.py --device cuda --results "$out"
+
+if [ ${#failed[@]} -gt 0 ]; then
+  say "failed: ${failed[*]}"
+  exit 1
+fi
+say "all steps passed"
