@@ -2,7 +2,7 @@
 # Everything that wants a GPU, in one command and under 10 minutes: build with CUDA, C++ tests, the tests marked cuda,
 # compute-sanitizer, op timings.
 #   benchmarks/gpu.sh [FOLDER]     FOLDER defaults to $OUT, then to runs/gpu; every step leaves its log there
-# Needs nvcc and a torch built with CUDA; PYTHON chooses the interpreter. Goes on after a failed step, and says so at the end.
+# Needs nvcc and a torch built with CUDA; PYTHON chooses the interpreter. Goes on after a failed step; the end tells.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -33,7 +33,8 @@ capability=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_c
 }
 architecture=${capability/./}
 step versions 60 bash -c "nvidia-smi; nvcc --version; $python -m torch.utils.collect_env"
-HFLOW_FAST_CUDA=1 TORCH_CUDA_ARCH_LIST=$capability MAX_JOBS=$(nproc) step build 300 "$python" setup.py build_ext --inplace || {
+export HFLOW_FAST_CUDA=1 TORCH_CUDA_ARCH_LIST=$capability
+step build 300 "$python" setup.py build_ext --inplace || {
   say "without a build nothing else can run"
   exit 1
 }

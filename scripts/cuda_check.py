@@ -3,8 +3,8 @@
 python scripts/cuda_check.py [--jobs 2] [--source csrc/cuda/actnorm.cu ...]
 
 Prints one line per kernel and architecture; fails where a kernel does not compile, uses local memory (spills or a stack
-frame), or has a vector width above 1 as a template argument of its grid but no 16-byte loads and stores. Finished results
-are kept in build/cuda-check and made again when a source, a header, the flags or nvcc change.
+frame), or has a vector width above 1 as a template argument of its grid but no 16-byte loads and stores. Finished
+results are kept in build/cuda-check and made again when a source, a header, the flags or nvcc change.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ CSRC = ROOT / "csrc"
 CACHE = ROOT / "build" / "cuda-check"
 ARCHITECTURES = ("80", "86", "90")
 # What the build uses: torch's own flags (some switch operators of the half types off) and those of setup.py.
-FLAGS = (*COMMON_NVCC_FLAGS, "-std=c++17", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-Xptxas", "-v")
+DEFINES = ("-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000")
+FLAGS = (*COMMON_NVCC_FLAGS, *DEFINES, "-std=c++17", "-O3", "-Xptxas", "-v")
 
 WIDE_LOAD = re.compile(r"\bld\.global(?:\.nc)?(?:\.\w+)*\.v(?:4\.[a-z]32|2\.[a-z]64|8\.[a-z]16)\b")
 WIDE_STORE = re.compile(r"\bst\.global(?:\.\w+)*\.v(?:4\.[a-z]32|2\.[a-z]64|8\.[a-z]16)\b")
@@ -65,7 +66,8 @@ def demangle(names: list[str]) -> list[str]:
     if tool is None or not names:
         return names
     output = subprocess.run([tool], input="\n".join(names), capture_output=True, text=True, check=True).stdout
-    return [re.sub(r"\(int\)|\(bool\)|\bhflow::|\bcuda::|^void ", "", line).partition("(")[0] for line in output.splitlines()]
+    noise = re.compile(r"\(int\)|\(bool\)|\bhflow::|\bcuda::|^void ")
+    return [noise.sub("", line).partition("(")[0] for line in output.splitlines()]
 
 
 def parse(ptxas: str, ptx: str, architecture: str) -> list[Kernel]:
@@ -82,8 +84,12 @@ def parse(ptxas: str, ptx: str, architecture: str) -> list[Kernel]:
         mangled.append(name)
         kernels.append(
             Kernel(
-                name, architecture, int(registers[1]), sum(map(int, local.groups())),
-                len(WIDE_LOAD.findall(body)), len(WIDE_STORE.findall(body)),
+                name,
+                architecture,
+                int(registers[1]),
+                sum(map(int, local.groups())),
+                len(WIDE_LOAD.findall(body)),
+                len(WIDE_STORE.findall(body)),
             )  # fmt: skip
         )
     return [kernel._replace(name=name) for kernel, name in zip(kernels, demangle(mangled), strict=True)]
@@ -134,8 +140,8 @@ def main() -> int:
     sources = [path.resolve() for path in arguments.source or sorted((CSRC / "cuda").glob("*.cu"))]
     nvcc = find_nvcc()
     if nvcc is None:
-        print("cuda-check: nvcc was not found. Install the CUDA toolkit (no GPU is needed) and put its bin on PATH, or set "
-              "CUDA_HOME.", file=sys.stderr)  # fmt: skip
+        advice = "Install the CUDA toolkit (no GPU is needed) and put its bin on PATH, or set CUDA_HOME."
+        print(f"cuda-check: nvcc was not found. {advice}", file=sys.stderr)
         return 1
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     tasks = [(source, architecture) for source in sources for architecture in ARCHITECTURES]

@@ -18,6 +18,7 @@ namespace hflow {
 namespace {
 
 constexpr int64_t kTileElements = 4096;  // of a unit's buffer, which stays in L1
+constexpr int64_t kPlanes = 4;           // that a unit reads or writes at once where every channel is a plane
 
 // In-place Walsh–Hadamard transform across n rows (a power of two), scaled after it, or before it if `inverse`.
 template <class T>
@@ -117,8 +118,10 @@ void transform(const Slots& slots, const Side& from, const Side& to, const Tenso
   const int64_t rows = bands.numel() / (bands.size(0) * bands.size(1) * blocks.back());
   const bool colours_inner = bands.stride(1) == 1;
   const int64_t tile = std::max<int64_t>(1, kTileElements / n);
-  const int64_t row_tile = std::min(blocks.back(), tile),
-                colour_tile = std::min(colours, std::max<int64_t>(1, tile / row_tile));
+  const int64_t row_tile = std::min(blocks.back(), tile);
+  // Planes of powers of two share cache sets: more than a few at a time evict each other's lines between two slots.
+  const int64_t most_colours = colours_inner ? colours : std::min(colours, kPlanes);
+  const int64_t colour_tile = std::min(most_colours, std::max<int64_t>(1, tile / row_tile));
   const int64_t colour_tiles = (colours + colour_tile - 1) / colour_tile;
 
   parallel_units(bands.size(0) * rows * colour_tiles, n * blocks.back() * colour_tile, [&](int64_t unit) {

@@ -35,8 +35,9 @@ def haar(
 
     In general a band's number has one bit per axis, set where the difference along that axis is taken, the last axis
     lowest. ``levels=n`` is the transform applied n times, every band split again, in one read and one write. For a
-    pyramid, which splits averages only, apply one level to the channels of band 0: ``y[:, ::4]`` by colour, ``y[:, :C]``
-    by wavelet. The orthonormal transform's inverse is its adjoint, so forward and inverse are each other's backward.
+    pyramid, which splits averages only, apply one level to the channels of band 0: ``y[:, ::4]`` by colour,
+    ``y[:, :C]`` by wavelet. The orthonormal transform's inverse is its adjoint, so forward and inverse are each
+    other's backward.
 
     Args:
         x: (B, C, L), (B, C, H, W) or (B, C, D, H, W), with spatial sizes that are multiples of 2^levels; to invert,
@@ -46,8 +47,8 @@ def haar(
         inverse: Apply the inverse.
         order: Of the output channels (of the input's, to invert).
         rebalance: FrEIA's factor on all bands, per level, above 0.
-        mean: Divide band 0 by 2^(dimensions/2), so that it is the mean image in the pixels' own range (Wavelet Flow, Yu,
-            Derpanis and Brubaker, 2020).
+        mean: Divide band 0 by 2^(dimensions/2), so that it is the mean image in the pixels' own range (Wavelet Flow,
+            Yu, Derpanis and Brubaker, 2020).
 
     Returns:
         ``(y, log_det)``: y (B, C·4^levels, H/2^levels, W/2^levels) in the dtype and memory format of x, or the reverse;
@@ -73,7 +74,9 @@ def haar(
     return y, x.new_full(x.shape[:1], log_det, dtype=compute_dtype(x))
 
 
-def _fake(x: torch.Tensor, levels: int, by_colour: bool, gain: float, average_gain: float, inverse: bool) -> torch.Tensor:
+def _fake(
+    x: torch.Tensor, levels: int, by_colour: bool, gain: float, average_gain: float, inverse: bool
+) -> torch.Tensor:
     check_haar(x, levels, inverse)
     bands, side = 2 ** (levels * (x.dim() - 2)), 2**levels
     channels = x.shape[1] // bands if inverse else x.shape[1] * bands

@@ -57,7 +57,9 @@ def _setup_context(ctx: Any, inputs: tuple[torch.Tensor], output: tuple[torch.Te
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_log_abs_det: torch.Tensor | None, grad_inverse: torch.Tensor | None) -> torch.Tensor | None:
+def _backward(
+    ctx: Any, grad_log_abs_det: torch.Tensor | None, grad_inverse: torch.Tensor | None
+) -> torch.Tensor | None:
     # Plain torch operations on a differentiable output: second derivatives come for free.
     transposed = ctx.saved_tensors[0].mT
     terms = []

@@ -1,4 +1,4 @@
-"""actnorm's CUDA kernel through torch: accuracy, streams, graphs, devices. (cuda_tests/test_actnorm.cu tests it without.)"""
+"""actnorm's CUDA kernel through torch: accuracy, streams, graphs, devices."""
 
 from __future__ import annotations
 
@@ -15,7 +15,16 @@ pytestmark = [
     pytest.mark.cuda,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-SHAPES = [(4, 3, 128, 128), (2, 5, 7, 9), (3, 508, 1, 1), (5, 33), (2, 4, 1000), (2, 1030, 3, 3), (0, 3, 4, 4), (2, 3, 0, 4)]
+SHAPES = [
+    (4, 3, 128, 128),
+    (2, 5, 7, 9),
+    (3, 508, 1, 1),
+    (5, 33),
+    (2, 4, 1000),
+    (2, 1030, 3, 3),
+    (0, 3, 4, 4),
+    (2, 3, 0, 4),
+]
 
 
 def inputs(shape, dtype=torch.float32, memory="contiguous", parameter_dtype=torch.float32):
@@ -28,7 +37,8 @@ def inputs(shape, dtype=torch.float32, memory="contiguous", parameter_dtype=torc
 def outputs_and_gradients(function, x, log_scale, bias, grad_y, grad_log_det, inverse):
     leaves = [t.detach().requires_grad_() for t in (x, log_scale, bias)]
     y, log_det = function(*leaves, inverse=inverse)
-    return [y, log_det, *torch.autograd.grad((y, log_det), leaves, (grad_y.to(y.dtype), grad_log_det.to(log_det.dtype)))]
+    projection = grad_y.to(y.dtype), grad_log_det.to(log_det.dtype)
+    return [y, log_det, *torch.autograd.grad((y, log_det), leaves, projection)]
 
 
 def test_the_kernel_is_there():

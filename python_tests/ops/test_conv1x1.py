@@ -55,7 +55,8 @@ def test_is_a_matrix_per_pixel(function, shape, memory):
     x, weight, bias = inputs(shape, memory=memory)
     expected = by_definition(x, weight, bias)
     torch.testing.assert_close(function(x, weight, bias), expected, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(function(x, weight), expected - by_definition(x * 0, weight, bias), rtol=1e-12, atol=1e-12)
+    expected = by_definition(x, weight, torch.zeros_like(bias))
+    torch.testing.assert_close(function(x, weight), expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (2, 2, 3), (2, 3, 2, 2), (2, 14, 2, 2)])
@@ -87,7 +88,9 @@ def test_opcheck(memory):
     torch.library.opcheck(torch.ops.hflow_fast.conv1x1_bwd.default, tensors)
 
 
-@pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 0, 4, 4), (2, 3, 0, 4), (0, 3), (1, 1, 1, 1), (0, 20, 4, 4), (2, 20, 0)])
+@pytest.mark.parametrize(
+    "shape", [(0, 3, 4, 4), (2, 0, 4, 4), (2, 3, 0, 4), (0, 3), (1, 1, 1, 1), (0, 20, 4, 4), (2, 20, 0)]
+)
 def test_empty_and_single(shape):
     results = run(one(conv1x1), inputs(shape, torch.float32))
     for ours, theirs in zip(results, run(one(by_definition), inputs(shape, torch.float32)), strict=True):
@@ -136,8 +139,13 @@ def test_compiles_to_one_graph():
 @pytest.mark.parametrize(
     ("x", "weight", "bias", "message"),
     [
-        (torch.zeros(2, 3, 4), torch.zeros(3, 2), torch.zeros(3), r"conv1x1: weight must have shape \(3, 3\), got \(3, 2\)"),
-        (torch.zeros(2, 3, 4), torch.zeros(3, 3, 1, 1), torch.zeros(3), r"conv1x1: weight must have shape \(3, 3\), got"),
+        (
+            torch.zeros(2, 3),
+            torch.zeros(3, 2),
+            torch.zeros(3),
+            r"conv1x1: weight must have shape \(3, 3\), got \(3, 2\)",
+        ),
+        (torch.zeros(2, 3), torch.zeros(3, 3, 1, 1), torch.zeros(3), r"conv1x1: weight must have shape \(3, 3\), got"),
         (torch.zeros(2, 3, 4), torch.zeros(3, 3), torch.zeros(1), r"conv1x1: bias must have shape \(3,\), got \(1,\)"),
         (torch.zeros(3), torch.zeros(3, 3), torch.zeros(3), r"conv1x1: x must have shape \(B, C, ...\), got \(3,\)"),
         (torch.zeros(2, 3).long(), torch.zeros(3, 3), torch.zeros(3), "conv1x1: x must be float32, .* got"),
