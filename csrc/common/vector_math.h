@@ -146,7 +146,7 @@ HFLOW_HD T log(T x) {
   const T n = bits<T>(bits<Int>(R::round_magic) + e) - R::round_magic;  // AVX2 cannot convert 64-bit integers
   T value = n * R::ln2_hi + (d - (f * d - (T(2) * f * tail + n * R::ln2_lo)));
   const T tiny = bits<T>(Int(1) << R::mantissa);
-  value = x < tiny ? (x < T(0) ? bits<T>(static_cast<Int>(Int(-1) << (R::mantissa - 1))) : -T(INFINITY)) : value;
+  value = x < tiny ? (x < T(0) ? T(NAN) : -T(INFINITY)) : value;
   return x <= bits<T>((Int(2 * R::bias + 1) << R::mantissa) - 1) ? value : x;  // above the largest finite value, or NaN
 #endif
 }

@@ -11,10 +11,10 @@ from hflow_fast.ops import actnorm
 
 from ._cases import DTYPES, MEMORY, tensor
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+
+pytestmark = pytest.mark.cuda
 SHAPES = [
     (4, 3, 128, 128),
     (2, 5, 7, 9),
