@@ -92,14 +92,15 @@ def device_name(device: torch.device) -> str:
 
 
 def print_table(timings: Sequence[Timing]) -> None:
-    """One line per case, and the geometric mean of the ratios by kind of work."""
+    """One line per case, and the geometric mean of the ratios of each op and kind of work."""
     print(f"{'op':<10} {'case':<34} {'work':<19} {'ours µs (20–80 %)':>26} {'torch µs (20–80 %)':>28} {'ratio':>6}")
     for t in timings:
         ours, theirs = (f"{m:9.1f} ({low:.1f}–{high:.1f})" for low, m, high in (t.ours, t.theirs))
         print(f"{t.case.op:<10} {t.case.name:<34} {t.case.work:<19} {ours:>26} {theirs:>28} {t.ratio:6.2f}")
-    for work in dict.fromkeys(t.case.work for t in timings):
-        ratios = [t.ratio for t in timings if t.case.work == work]
-        print(f"geometric mean of {len(ratios)} ratios, {work}: {statistics.geometric_mean(ratios):.2f}")
+    print("geometric means of the ratios")
+    for op, work in dict.fromkeys((t.case.op, t.case.work) for t in timings):
+        ratios = [t.ratio for t in timings if (t.case.op, t.case.work) == (op, work)]
+        print(f"  {op:<10} {work:<19} {statistics.geometric_mean(ratios):5.2f}   ({min(ratios):.2f} to {max(ratios):.2f})")
 
 
 def write_csv(timings: Sequence[Timing], device: torch.device, folder: Path) -> None:

@@ -14,9 +14,11 @@ from .files import replacing
 
 __all__ = ["draw_samples", "image_grid", "reconstruct", "save_png"]
 
+_SMALLEST_TILE = 96  # pixels; small images are hard to look at on a screen
+
 
 def image_grid(images: Tensor, columns: int, *, padding: int = 2) -> Tensor:
-    """Images side by side on white.
+    """Images side by side on white; small ones enlarged by whole pixels, towards 96.
 
     Args:
         images: (N, 3, H, W), uint8; filled in row by row.
@@ -24,8 +26,10 @@ def image_grid(images: Tensor, columns: int, *, padding: int = 2) -> Tensor:
         padding: pixels between and around them.
 
     Returns:
-        (3, rows·(H + padding) + padding, columns·(W + padding) + padding), uint8.
+        (3, rows·(k·H + padding) + padding, columns·(k·W + padding) + padding), uint8, k = max(1, ⌊96/W⌋).
     """
+    enlargement = max(1, _SMALLEST_TILE // images.shape[-1])
+    images = images.repeat_interleave(enlargement, dim=-1).repeat_interleave(enlargement, dim=-2)
     count, _, height, width = images.shape
     rows = -(-count // columns)
     grid = images.new_full((3, rows * (height + padding) + padding, columns * (width + padding) + padding), 255)

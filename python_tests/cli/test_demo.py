@@ -36,7 +36,7 @@ def test_demo_measures_draws_and_can_be_repeated(tmp_path: Path) -> None:
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert metrics["held_out_bits_per_dim"] == pytest.approx(last["held_out_bits_per_dim"], rel=1e-6)
     assert f"{metrics['held_out_bits_per_dim']:.3f}" in first.stdout
-    assert Image.open(tmp_path / "run" / "samples.png").size == (8 * 18 + 2, 8 * 18 + 2)
+    assert Image.open(tmp_path / "run" / "samples.png").size == (8 * 98 + 2, 8 * 98 + 2)
     for name in ("reconstructions.png", "loss.png"):
         Image.open(tmp_path / "run" / name).load()
 

@@ -20,10 +20,11 @@ def test_images_and_grid(run: Path, tmp_path: Path) -> None:
     images = sample(run, tmp_path / "a")
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["0000.png", "0001.png", "0002.png", "grid.png"]
     grid = np.asarray(Image.open(tmp_path / "a" / "grid.png"))
-    assert grid.shape == (2 * 18 + 2, 2 * 18 + 2, 3)
-    for index, (top, left) in enumerate([(2, 2), (2, 20), (20, 2)]):
-        np.testing.assert_array_equal(grid[top:top + 16, left:left + 16], images[index])
-    assert (grid[20:36, 20:36] == 255).all()
+    assert grid.shape == (2 * 98 + 2, 2 * 98 + 2, 3)
+    for index, (top, left) in enumerate([(2, 2), (2, 100), (100, 2)]):
+        enlarged = images[index].repeat(6, axis=0).repeat(6, axis=1)  # 16 pixels to 96
+        np.testing.assert_array_equal(grid[top:top + 96, left:left + 96], enlarged)
+    assert (grid[100:196, 100:196] == 255).all()
 
 
 def test_the_seed_decides(run: Path, tmp_path: Path) -> None:
