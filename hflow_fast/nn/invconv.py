@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from ..ops import conv1x1, lu
 from ._cache import ParameterCache
+from .skew_exponential import skew_exponential
 
-__all__ = ["InvConv1x1", "per_sample", "skew_exponential"]
+__all__ = ["InvConv1x1", "per_sample"]
 
 _PARAMETRIZATIONS = ("plu", "full", "orthogonal")
 
@@ -91,11 +92,6 @@ class InvConv1x1(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.channels}, {self.parametrization}"
-
-
-def skew_exponential(generator: Tensor) -> Tensor:
-    """exp(A − Aᵀ): a rotation for any A, (…, C, C) → (…, C, C); its inverse is its transpose."""
-    return torch.matrix_exp(generator - generator.mT)
 
 
 def per_sample(per_pixel: Tensor, x: Tensor) -> Tensor:

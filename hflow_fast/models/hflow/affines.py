@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...nn._cache import ParameterCache
-from ...nn.invconv import skew_exponential
+from ...nn.skew_exponential import skew_exponential
 from ...ops import lu
 
 __all__ = ["FoldedAffines", "StepAffines"]
