@@ -2,13 +2,6 @@
 // and autocast implementations are registered in Python (hflow_fast/ops/<op>.py).
 #include <torch/csrc/stable/library.h>
 
-#include <pybind11/pybind11.h>
-
-#include <string>
-
-#include "build_stamp.h"
-#include "common/isa.h"
-
 // How a coupling reads raw: the numbers of the enumerations in formulas.h and cpu/coupling_tile.h.
 #define COUPLING_OPTIONS                                                                                     \
   "int scale_map, float clamp, float shift_clamp, int layout, int form, int active, int block, int parity, " \
@@ -28,31 +21,3 @@ STABLE_TORCH_LIBRARY(hflow_fast, m) {
   m.def("haar_fwd(Tensor x, int levels, bool by_colour, float gain, float average_gain, bool inverse) -> Tensor y");
 }
 // clang-format on
-
-PYBIND11_MODULE(_C, module) {
-  module.doc() = "Kernels of hflow_fast; importing it registers torch.ops.hflow_fast.";
-  module.def(
-      "build_info",
-      [] {
-        pybind11::dict info;
-        info["compiler"] = std::string(
-#if defined(__clang__)
-            "clang "
-#else
-            "gcc "
-#endif
-            __VERSION__);
-#if defined(__x86_64__)
-        info["vector_widths"] = "avx512, avx2, baseline";
-#else
-        info["vector_widths"] = "baseline";
-#endif
-        info["vector_selected"] = hflow::isa_name(hflow::isa());
-        info["cuda_archs"] = HFLOW_CUDA_ARCHS;
-        info["torch_target"] = "2.11";
-        info["torch_build"] = HFLOW_BUILD_TORCH;
-        info["git_commit"] = HFLOW_GIT_COMMIT;
-        return info;
-      },
-      "What this build contains: compiler, vector widths compiled and in use, CUDA architectures, torch, commit.");
-}

@@ -36,7 +36,7 @@ inline Tensor as_type(const Tensor& tensor, ScalarType type) {
 
 inline cudaStream_t current_stream(const Tensor& tensor) {
   void* stream;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
   return static_cast<cudaStream_t>(stream);
 }
 
