@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Callable
 
 import pytest
-import torch
 from PIL import Image
 
 from hflow_fast.errors import CheckpointError

@@ -9,15 +9,17 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...nn._cache import ParameterCache
+from ...nn._data_init import DataInitialized, channel_statistics
 from ...nn.skew_exponential import skew_exponential
 from ...ops import lu
 
 __all__ = ["FoldedAffines", "StepAffines"]
 
-_SMALLEST_STD = 1e-6
+_BEFORE, _AFTER = (0, 0, 1, 0), (0, 0, 0, 1)  # F.pad: one more step, ahead of the others or behind them
 
 
 class FoldedAffines(NamedTuple):
@@ -31,7 +33,7 @@ class FoldedAffines(NamedTuple):
     """Sum of their log|det| per pixel, in the direction evaluated; 0-dim."""
 
 
-class StepAffines(nn.Module):
+class StepAffines(DataInitialized):
     """Actnorm and invertible 1 × 1 convolution of L steps on C channels, numbered from image to latent.
 
     Actnorm (x → z) is (x − bias)·e^(−log_scale); the convolution's matrix is ``gain``·K ("full") or
@@ -42,42 +44,21 @@ class StepAffines(nn.Module):
         data_init: whether :meth:`initialize_step` applies; otherwise actnorms start as the identity.
     """
 
-    initialized: Tensor
-
     def __init__(self, steps: int, channels: int, parametrization: Literal["full", "orthogonal"], gain: float,
                  data_init: bool) -> None:
-        super().__init__()
+        super().__init__(data_init)
         self.parametrization = parametrization
         self.gain = gain
         self.log_scale = nn.Parameter(torch.zeros(steps, channels))
         self.bias = nn.Parameter(torch.zeros(steps, channels))
         matrix = torch.randn(steps, channels, channels)
         self.matrix = nn.Parameter((torch.linalg.qr(matrix)[0] if parametrization == "full" else matrix) / gain)
-        self.register_buffer("initialized", torch.tensor(not data_init))
-        self._known_initialized = not data_init
         self._cache = ParameterCache()
-
-    @property
-    def is_initialized(self) -> bool:
-        """Whether the data-dependent initialisation has happened; once it has, asking costs no device sync."""
-        if not self._known_initialized:
-            self._known_initialized = bool(self.initialized)
-        return self._known_initialized
-
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._known_initialized = False
 
     @torch.no_grad()
     def initialize_step(self, step: int, x: Tensor) -> None:
         """Sets actnorm ``step`` so that it maps ``x`` (B, C, H, W) to zero mean and unit unbiased std per channel."""
-        values = x.transpose(0, 1).flatten(1)
-        self.bias[step] = values.mean(dim=1)
-        self.log_scale[step] = values.std(dim=1).clamp_min(_SMALLEST_STD).log()
-
-    @torch.no_grad()
-    def finish_initialization(self) -> None:
-        self.initialized.fill_(True)
+        self.bias[step], self.log_scale[step] = channel_statistics(x)
 
     def matrices(self) -> Tensor:
         """The convolutions' matrices, x → z, (L, C, C)."""
@@ -96,16 +77,16 @@ class StepAffines(nn.Module):
         scale = torch.exp(-self.log_scale)
         shift = -self.bias * scale
         # Rows of [1, M_0, M_1, …] are scaled by the actnorm that follows; after the last matrix there is none.
-        weights = torch.cat([_identity(matrices), matrices]) * _pad_one(scale, after=True)[:, :, None]
-        return FoldedAffines(weights, _pad_zero(shift, after=True), log_det - self.log_scale.sum())
+        weights = torch.cat([_identity(matrices), matrices]) * F.pad(scale, _AFTER, value=1.0)[:, :, None]
+        return FoldedAffines(weights, F.pad(shift, _AFTER), log_det - self.log_scale.sum())
 
     def _fold_to_data(self) -> FoldedAffines:
         _, inverses, log_det = self._matrices()
         inverses, log_scale, bias = inverses.flip(0), self.log_scale.flip(0), self.bias.flip(0)
         # Columns of […, M_1⁻¹, M_0⁻¹, 1] are scaled by the actnorm inverted before it; before the first there is none.
         inverses = torch.cat([inverses, _identity(inverses)])
-        biases = torch.einsum("lij,lj->li", inverses, _pad_zero(bias, after=False))
-        return FoldedAffines(inverses * _pad_one(log_scale.exp(), after=False)[:, None, :], biases,
+        biases = torch.einsum("lij,lj->li", inverses, F.pad(bias, _BEFORE))
+        return FoldedAffines(inverses * F.pad(log_scale.exp(), _BEFORE, value=1.0)[:, None, :], biases,
                              log_scale.sum() - log_det)
 
     def _matrices(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -120,13 +101,3 @@ class StepAffines(nn.Module):
 
 def _identity(like: Tensor) -> Tensor:
     return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)[None]
-
-
-def _pad_one(x: Tensor, after: bool) -> Tensor:
-    one = torch.ones_like(x[:1])
-    return torch.cat([x, one] if after else [one, x])
-
-
-def _pad_zero(x: Tensor, after: bool) -> Tensor:
-    zero = torch.zeros_like(x[:1])
-    return torch.cat([x, zero] if after else [zero, x])

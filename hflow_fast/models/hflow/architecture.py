@@ -5,7 +5,6 @@ This is the only place that parses them; the modules are built from these fields
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -15,12 +14,11 @@ from ...ops import CouplingSpec
 if TYPE_CHECKING:
     from .config import HFlowConfig
 
-__all__ = ["DecoderSpec", "LevelSpec", "StepSpec", "read_levels"]
+__all__ = ["SCALE_CLAMP", "DecoderSpec", "LevelSpec", "StepSpec", "hflow_coupling", "read_levels"]
 
 _CHECKERBOARD_BLOCKS = {"spatial": 1, "blocks": 2, "lblocks": 4, "hblocks": 8}
 _HALVES = {"vhalfs": "columns", "hhalfs": "rows"}
 _MIXED = ("blocks-channels", "hblocks-lblocks-blocks-channels")
-_LOWEST_POOLED_RESOLUTION = 4
 
 SCALE_CLAMP = 3.0
 SHIFT_CLAMP = 5.0
@@ -167,7 +165,7 @@ def _read_step(config: HFlowConfig, index: int, split: str, number: int) -> Step
         hidden = hidden // 3
     return StepSpec(
         coupling=coupling,
-        network="pooling" if pooled and resolution >= _LOWEST_POOLED_RESOLUTION else "plain",
+        network="pooling" if pooled else "plain",
         hidden_channels=hidden,
         kernel=config.rnvp_kernel_sizes[index],
         unet_kernel=1 if "reduced" in pooling else config.rnvp_kernel_sizes[index],
@@ -192,8 +190,3 @@ def hflow_coupling(split: str, number: int) -> CouplingSpec:
     # With blocks of one pixel the original starts from the complementary board.
     return CouplingSpec(active="checkerboard", block=_CHECKERBOARD_BLOCKS[split],
                         parity=int(even if split == "spatial" else not even), **affine)
-
-
-def unet_depth(resolution: int) -> int:
-    """Halvings of a decoder's U-net: down to 4 × 4, between one and four."""
-    return max(min(4, int(math.log2(resolution)) - 2), 1)

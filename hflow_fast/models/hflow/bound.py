@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...metrics import bits_per_dim
+
 __all__ = ["LevelTerms", "LikelihoodBound", "gaussian_log_prob"]
 
 
@@ -34,7 +36,7 @@ class LevelTerms:
     @property
     def bits(self) -> Tensor:
         """Negative log-likelihood in bits per dimension of this level, (B,)."""
-        return self.nats / (self.dims * math.log(2.0))
+        return bits_per_dim(self.nats, self.dims, bits=0)
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class LikelihoodBound:
 
     def bits_per_dim(self, bits: int = 8) -> Tensor:
         """Bits per dimension of the image, for pixels of ``bits`` bits scaled to one unit, (B,)."""
-        return self.nats / (self.dims * math.log(2.0)) + bits
+        return bits_per_dim(self.nats, self.dims, bits)
 
 
 def gaussian_log_prob(z: Tensor, std: float) -> Tensor:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import EndblockConfig
 from .architecture import LevelSpec
+from .config import EndblockConfig
 from .layers import EqualConv2d, downsample, instance_norm
 
 __all__ = ["CodeEncoder", "LevelEncoder"]
-
-_SMALLEST_BINOMIAL = 4
 
 
 class _Halving(nn.Module):
@@ -25,7 +23,7 @@ class _Halving(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
-        x = downsample(x) if self.binomial and x.shape[-1] > _SMALLEST_BINOMIAL else F.avg_pool2d(x, 2)
+        x = downsample(x) if self.binomial else F.avg_pool2d(x, 2)
         return _norm_unless_pixel(self.second(_norm_unless_pixel(x)))
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .architecture import unet_depth
 from .layers import EqualConv2d, downsample, instance_norm, merge_residual, upsample
 
 __all__ = ["UNet"]
@@ -25,7 +26,7 @@ class UNet(nn.Module):
                  normalize: bool) -> None:
         super().__init__()
         self.normalize = normalize
-        widths = [int(in_channels * growth**level) for level in range(unet_depth(resolution) + 1)]
+        widths = [int(in_channels * growth**level) for level in range(_depth(resolution) + 1)]
         steps = list(zip(widths, widths[1:]))
         self.start = EqualConv2d(in_channels, in_channels, 3)
         self.down = nn.ModuleList(_pair(fine, coarse) for fine, coarse in steps)
@@ -47,6 +48,11 @@ class UNet(nn.Module):
 
     def _norm(self, x: Tensor) -> Tensor:
         return instance_norm(x) if self.normalize else x
+
+
+def _depth(resolution: int) -> int:
+    """Halvings: down to 4 × 4, between one and four."""
+    return max(min(4, int(math.log2(resolution)) - 2), 1)
 
 
 def _pair(in_channels: int, out_channels: int) -> nn.Sequential:
