@@ -69,4 +69,12 @@ inline void check_like(const char* op, const char* name, const Tensor& tensor, c
          shape_of(tensor));
 }
 
+// What autograd hands to the backward pass of an op that returns y, like x, and a log-det per sample.
+inline void check_gradients(const char* op, const Tensor& grad_y, const Tensor& grad_log_det, const Tensor& x) {
+  check_floating(op, "grad_y", grad_y);
+  check_floating(op, "grad_log_det", grad_log_det);
+  check_like(op, "grad_y", grad_y, x, x.size(1));
+  check_shape(op, "grad_log_det", grad_log_det, {x.size(0)});
+}
+
 }  // namespace hflow

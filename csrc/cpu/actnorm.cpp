@@ -235,10 +235,7 @@ std::tuple<Tensor, Tensor> actnorm_fwd(Tensor x, Tensor log_scale, Tensor bias, 
 std::tuple<Tensor, Tensor, Tensor> actnorm_bwd(Tensor x, Tensor log_scale, Tensor bias, Tensor grad_y,
                                                Tensor grad_log_det, bool inverse) {
   check(x, log_scale, bias);
-  check_floating("actnorm", "grad_y", grad_y);
-  check_floating("actnorm", "grad_log_det", grad_log_det);
-  check_like("actnorm", "grad_y", grad_y, x, x.size(1));
-  check_shape("actnorm", "grad_log_det", grad_log_det, {x.size(0)});
+  check_gradients("actnorm", grad_y, grad_log_det, x);
   const MemoryFormat format = format_of(x);
   x = as_format(x, format), grad_y = as_format(grad_y, format);
   log_scale = as_format(log_scale, MemoryFormat::Contiguous), bias = as_format(bias, MemoryFormat::Contiguous);

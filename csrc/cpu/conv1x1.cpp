@@ -53,18 +53,8 @@ std::vector<double> backward(const Tiling& tiling, Memory x, Memory grad_y, cons
   return sums.total();
 }
 
-void check(const Tensor& x, const Tensor& weight, const Tensor& bias) {
-  check_flow_variable("conv1x1", "x", x);
-  check_floating("conv1x1", "weight", weight);
-  check_floating("conv1x1", "bias", bias);
-  check_shape("conv1x1", "weight", weight, {x.size(1), x.size(1)});
-  check_shape("conv1x1", "bias", bias, {x.size(1)});
-  if (x.size(1) > kMaxMixChannels)
-    fail("conv1x1", "x must have at most ", kMaxMixChannels, " channels here, got ", x.size(1));
-}
-
 Tensor conv1x1_fwd(Tensor x, Tensor weight, Tensor bias) {
-  check(x, weight, bias);
+  check_mix("conv1x1", x, weight, bias);
   const MemoryFormat format = format_of(x);
   x = as_format(x, format);
   weight = as_format(weight, MemoryFormat::Contiguous), bias = as_format(bias, MemoryFormat::Contiguous);
@@ -81,7 +71,7 @@ Tensor conv1x1_fwd(Tensor x, Tensor weight, Tensor bias) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> conv1x1_bwd(Tensor x, Tensor weight, Tensor bias, Tensor grad_y) {
-  check(x, weight, bias);
+  check_mix("conv1x1", x, weight, bias);
   check_floating("conv1x1", "grad_y", grad_y);
   check_like("conv1x1", "grad_y", grad_y, x, x.size(1));
   const MemoryFormat format = format_of(x);

@@ -125,10 +125,7 @@ std::tuple<Tensor, Tensor> coupling_bwd(Tensor x, Tensor raw, Tensor grad_y, Ten
                                 inverse);
   const MemoryFormat format = format_of(x);
   const CouplingPlan plan("coupling", x, raw, options, format);
-  check_floating("coupling", "grad_y", grad_y);
-  check_floating("coupling", "grad_log_det", grad_log_det);
-  check_like("coupling", "grad_y", grad_y, x, x.size(1));
-  check_shape("coupling", "grad_log_det", grad_log_det, {x.size(0)});
+  check_gradients("coupling", grad_y, grad_log_det, x);
   x = as_format(x, format), raw = as_format(raw, format), grad_y = as_format(grad_y, format);
   grad_log_det = as_format(grad_log_det, MemoryFormat::Contiguous);
   Tensor grad_x = empty_in(x, format), grad_raw = empty_in(raw, format);

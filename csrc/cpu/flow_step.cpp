@@ -149,20 +149,10 @@ std::vector<double> backward(const FlowStep<T>& step, const T* transposed, Memor
   return sums.total();
 }
 
-void check(const Tensor& x, const Tensor& weight, const Tensor& bias) {
-  check_flow_variable("flow_step", "x", x);
-  check_floating("flow_step", "weight", weight);
-  check_floating("flow_step", "bias", bias);
-  check_shape("flow_step", "weight", weight, {x.size(1), x.size(1)});
-  check_shape("flow_step", "bias", bias, {x.size(1)});
-  if (x.size(1) > kMaxMixChannels)
-    fail("flow_step", "x must have at most ", kMaxMixChannels, " channels here, got ", x.size(1));
-}
-
 std::tuple<Tensor, Tensor> flow_step_fwd(Tensor x, Tensor raw, Tensor weight, Tensor bias, int64_t scale_map,
                                          double clamp, double shift_clamp, int64_t layout, int64_t form, int64_t active,
                                          int64_t block, int64_t parity, bool inverse) {
-  check(x, weight, bias);
+  check_mix("flow_step", x, weight, bias);
   const CouplingOptions options("flow_step", scale_map, clamp, shift_clamp, layout, form, active, block, parity,
                                 inverse);
   const MemoryFormat format = format_of(x);
@@ -188,15 +178,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> flow_step_bwd(Tensor x, Tensor raw, T
                                                          Tensor grad_y, Tensor grad_log_det, int64_t scale_map,
                                                          double clamp, double shift_clamp, int64_t layout, int64_t form,
                                                          int64_t active, int64_t block, int64_t parity, bool inverse) {
-  check(x, weight, bias);
+  check_mix("flow_step", x, weight, bias);
   const CouplingOptions options("flow_step", scale_map, clamp, shift_clamp, layout, form, active, block, parity,
                                 inverse);
   const MemoryFormat format = format_of(x);
   const CouplingPlan plan("flow_step", x, raw, options, format);
-  check_floating("flow_step", "grad_y", grad_y);
-  check_floating("flow_step", "grad_log_det", grad_log_det);
-  check_like("flow_step", "grad_y", grad_y, x, x.size(1));
-  check_shape("flow_step", "grad_log_det", grad_log_det, {x.size(0)});
+  check_gradients("flow_step", grad_y, grad_log_det, x);
   x = as_format(x, format), raw = as_format(raw, format), grad_y = as_format(grad_y, format);
   weight = as_format(weight, MemoryFormat::Contiguous),
   grad_log_det = as_format(grad_log_det, MemoryFormat::Contiguous);

@@ -52,10 +52,7 @@ std::tuple<Tensor, Tensor, Tensor> actnorm_bwd(Tensor x, Tensor log_scale, Tenso
                                                Tensor grad_log_det, bool inverse) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const Inputs in(x, log_scale, bias);
-  check_floating("actnorm", "grad_y", grad_y);
-  check_floating("actnorm", "grad_log_det", grad_log_det);
-  check_like("actnorm", "grad_y", grad_y, x, x.size(1));
-  check_shape("actnorm", "grad_log_det", grad_log_det, {x.size(0)});
+  check_gradients("actnorm", grad_y, grad_log_det, x);
   check_same_device("actnorm", "grad_y", grad_y, x);
   check_same_device("actnorm", "grad_log_det", grad_log_det, x);
   grad_y = as_format(cuda::as_type(grad_y, x.scalar_type()), in.format);
