@@ -29,13 +29,13 @@ $(VENV)/install.stamp: $(VENV)/torch.stamp pyproject.toml setup.py $(shell find 
 	$(BIN)/pip install --quiet --no-build-isolation --editable '.[test]'
 	touch $@
 
-# The formulas that CPU and CUDA kernels share are also tested alone, in C++, where CMake is installed.
+# Where CMake is installed, C++ tests: the formulas, and every CUDA kernel in the block emulator.
 # The tests' tensors are small: one thread is the fastest, on a busy machine by far.
 test: $(VENV)/install.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest python_tests --durations=10
 	if command -v cmake > /dev/null; then \
 	  cmake -S . -B build/cmake && cmake --build build/cmake --parallel $(MAX_JOBS) && \
-	  ctest --test-dir build/cmake --output-on-failure; \
+	  ctest --test-dir build/cmake --output-on-failure --parallel $(MAX_JOBS); \
 	else echo "no cmake: the C++ tests were not run"; fi
 
 demo: $(VENV)/install.stamp

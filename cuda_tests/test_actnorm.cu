@@ -119,8 +119,8 @@ template <class S, class T>
 void test_type(const char* type, double epsilon) {
   const ActnormShape shapes[] = {
       {2, 3, 64, true},   {3, 5, 49, true},  {1, 4, 1030, true}, {2, 1, 3, true},     {9, 2, 2, true},
-      {2, 3, 64, false},  {3, 5, 49, false}, {7, 12, 33, false}, {3, 1100, 2, false}, {1, 1, 1, false},
-      {4, 509, 3, false}, {0, 3, 4, true},   {2, 0, 4, true},    {2, 3, 0, false},
+      {2, 3, 64, false},  {3, 5, 49, false}, {7, 12, 33, false}, {4, 37, 3, false},   {1, 1, 1, false},
+      {0, 3, 4, true},   {2, 0, 4, true},    {2, 3, 0, false},
   };
   for (const ActnormShape& shape : shapes) {
     for (bool inverse : {false, true}) {
@@ -139,6 +139,8 @@ void test_type(const char* type, double epsilon) {
 
 int main() {
   test::skip_without_gpu();
+  // More channels than the elements of a block: many blocks, so once.
+  test_case<float, float>({{1, 1100, 2, false}, true, 0, "float32, 1100 channels last: "}, 1.5e-7);
   test_type<float, float>("float32", 1.5e-7);
   test_type<double, double>("float64", 5e-16);
   test_type<__nv_bfloat16, float>("bfloat16", 4e-3);

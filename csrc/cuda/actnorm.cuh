@@ -95,12 +95,9 @@ struct ChannelAffine {
 // log_det = ±pixels·Σ log_scale, the same for every sample; work for one block.
 template <class T>
 __device__ void write_log_det(const T* log_scale, T* log_det, const ActnormShape& shape, bool inverse) {
-  __shared__ double total;
   double sum = 0;
   for (int64_t c = threadIdx.x; c < shape.channels; c += kThreads) sum += static_cast<double>(log_scale[c]);
-  sum = block_sum(sum);
-  if (threadIdx.x == 0) total = (inverse ? -1.0 : 1.0) * static_cast<double>(shape.pixels) * sum;
-  __syncthreads();
+  const double total = (inverse ? -1.0 : 1.0) * static_cast<double>(shape.pixels) * block_sum(sum);
   for (int64_t b = threadIdx.x; b < shape.samples; b += kThreads) log_det[b] = static_cast<T>(total);
 }
 
@@ -165,7 +162,7 @@ __global__ void __launch_bounds__(kThreads)
   } else {
     // Element e of the block belongs to channel (first + e) % channels; each channel's elements are added in order.
     constexpr int count = kThreads * Grid::vector;
-    __shared__ T elements[count];
+    __shared__ SharedArray<T, count> elements;
     const int64_t first = static_cast<int64_t>(blockIdx.x) * count % channels;
 #pragma unroll
     for (int q = 0; q < 2; ++q) {

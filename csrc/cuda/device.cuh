@@ -1,4 +1,4 @@
-// What the CUDA kernels share: 16-byte accesses, block-wide sums, launches. Free of torch.
+// What the CUDA kernels share: 16-byte accesses, block-wide sums. Free of torch.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -9,9 +9,10 @@
 #include <cstring>
 #include <type_traits>
 
-namespace hflow::cuda {
+#include "cuda/launch.cuh"
+#include "cuda/shared.cuh"
 
-constexpr int kThreads = 256;  // per block, of every kernel: six such blocks fit on an SM of any target
+namespace hflow::cuda {
 
 // The most elements of S that one instruction moves.
 template <class S>
@@ -74,13 +75,22 @@ __device__ __forceinline__ void store(const T (&values)[V], int low, int high, S
 
 inline bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-// The sum over a block of kThreads, always in the same order; valid in thread 0. Every thread of the block calls it.
+constexpr unsigned kWholeWarp = 0xffffffffu;
+
+// The sum over a warp, always in the same order; valid in lane 0. Every lane of the warp calls it.
 template <class T>
+__device__ T warp_sum(T value) {
+  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_down_sync(kWholeWarp, value, offset);
+  return value;
+}
+
+// The sum over a block of Threads, always in the same order, in every thread. Every thread of the block calls it.
+template <int Threads = kThreads, class T>
 __device__ T block_sum(T value) {
-  constexpr int warps = kThreads / 32;
-  __shared__ T partial[warps];
+  constexpr int warps = Threads / 32;
+  __shared__ SharedArray<T, warps> partial;
   __syncthreads();  // a previous sum may still be read
-  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_down_sync(0xffffffffu, value, offset);
+  value = warp_sum(value);
   if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = value;
   __syncthreads();
   T total = partial[0];
@@ -89,12 +99,5 @@ __device__ T block_sum(T value) {
 }
 
 __host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// The only place that launches: no synchronisation, so every launch can be captured in a CUDA graph.
-template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, cudaStream_t stream, Arguments... arguments) {
-  kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(static_cast<Parameters>(arguments)...);
-  return cudaGetLastError();
-}
 
 }  // namespace hflow::cuda
