@@ -41,6 +41,11 @@ struct Logistic {
   HFLOW_HD T log() const { return (v < T(0) ? v : T(0)) - math::log1p(e); }
 };
 
+// ---- LU factorisations, in float64 ----
+
+// A pivot this small beside its row and its column is what rounding left of a zero: a thousand times the precision.
+inline constexpr double kSingularPivot = 0x1p-42;
+
 // ---- Scale maps, in the order of hflow_fast/ops/coupling.py ----
 
 enum class ScaleMap : int { none, exp, exp_clip, exp_tanh, sigmoid, sigmoid_inverse, sigmoid_floor, atan, tanh };

@@ -14,6 +14,7 @@ STABLE_TORCH_LIBRARY(hflow_fast, m) {
   m.def("conv1x1_fwd(Tensor x, Tensor weight, Tensor bias) -> Tensor y");
   m.def("conv1x1_bwd(Tensor x, Tensor weight, Tensor bias, Tensor grad_y) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
   m.def("lu_fwd(Tensor weight) -> (Tensor log_abs_det, Tensor inverse)");
+  m.def("lu_many_fwd(Tensor[] weights) -> (Tensor[] log_abs_dets, Tensor[] inverses)");
   m.def("coupling_fwd(Tensor x, Tensor raw, " COUPLING_OPTIONS ") -> (Tensor y, Tensor log_det)");
   m.def("coupling_bwd(Tensor x, Tensor raw, Tensor grad_y, Tensor grad_log_det, " COUPLING_OPTIONS ") -> (Tensor grad_x, Tensor grad_raw)");
   m.def("flow_step_fwd(Tensor x, Tensor raw, Tensor weight, Tensor bias, " COUPLING_OPTIONS ") -> (Tensor y, Tensor log_det)");

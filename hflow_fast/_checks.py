@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +20,7 @@ __all__ = [
     "check_haar_options",
     "check_like",
     "check_matrices",
+    "check_stacks",
     "compute_dtype",
 ]
 
@@ -86,6 +88,16 @@ def check_matrices(op: str, weight: torch.Tensor) -> None:
     check_floating(op, weight=weight)
     if weight.dim() not in (2, 3) or weight.shape[-1] != weight.shape[-2]:
         raise ValueError(f"hflow_fast.{op}: weight must have shape (C, C) or (N, C, C), got {tuple(weight.shape)}")
+
+
+def check_stacks(op: str, weights: Sequence[torch.Tensor]) -> None:
+    """Any number of such, on one device."""
+    for weight in weights:
+        check_matrices(op, weight)
+        if weight.device != weights[0].device:
+            raise ValueError(
+                f"hflow_fast.{op}: weights must be on one device, got {weights[0].device} and {weight.device}"
+            )
 
 
 def check_haar_options(order: str, rebalance: float) -> None:

@@ -14,7 +14,7 @@ import torch
 
 __all__ = ["build_info", "has_kernel", "missing_reason"]
 
-_OPS = ("actnorm", "conv1x1", "coupling", "flow_step", "haar", "lu")
+_OPS = ("actnorm", "conv1x1", "coupling", "flow_step", "haar", "lu", "lu_many")
 _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 
 

@@ -21,13 +21,14 @@ from hflow_fast._checks import (
     check_haar,
     check_haar_options,
     check_matrices,
+    check_stacks,
     compute_dtype,
 )
 
 if TYPE_CHECKING:
     from hflow_fast.ops.coupling import CouplingSpec
 
-__all__ = ["active_mask", "actnorm", "conv1x1", "coupling", "flow_step", "haar", "lu"]
+__all__ = ["active_mask", "actnorm", "conv1x1", "coupling", "flow_step", "haar", "lu", "lu_many"]
 
 
 def _per_channel(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -164,16 +165,35 @@ def conv1x1(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
     return y.reshape(x.shape).to(x.dtype)
 
 
+SINGULAR_PIVOT = 2.0**-42
+"""A pivot this small beside its row and its column is what rounding left of a zero: a thousand float64 roundings."""
+
+
 def lu(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`hflow_fast.ops.lu`."""
     check_matrices("lu", weight)
-    factors, pivots, _ = torch.linalg.lu_factor_ex(weight.double())
-    log_abs_det = factors.diagonal(dim1=-2, dim2=-1).abs().log().sum(-1)
+    matrix = weight.double()
+    factors, pivots, _ = torch.linalg.lu_factor_ex(matrix)
+    diagonal = factors.diagonal(dim1=-2, dim2=-1).abs()
     identity = torch.eye(weight.shape[-1], dtype=factors.dtype, device=weight.device).expand_as(factors)
     inverse = torch.linalg.lu_solve(factors, pivots, identity)
-    inverse = torch.where(log_abs_det[..., None, None] == -math.inf, math.nan, inverse)
+    # Pivots are judged beside the sums of |W| along their row, and along their column once rows are divided by theirs.
+    magnitude = matrix.detach().abs()
+    rows = magnitude.sum(-1, keepdim=True)
+    columns = (magnitude / rows).sum(-2)
+    order = torch.lu_unpack(factors.detach(), pivots, unpack_data=False)[0]
+    finite = rows.isfinite().flatten(-2).all(-1)
+    regular = (diagonal > SINGULAR_PIVOT * (order.mT @ rows).squeeze(-1) * columns).all(-1)
+    log_abs_det = torch.where(finite, torch.where(regular, diagonal.log().sum(-1), -math.inf), math.nan)
+    inverse = torch.where((finite & regular)[..., None, None], inverse, math.nan)
     dtype = compute_dtype(weight)
     return log_abs_det.to(dtype), inverse.to(dtype)
+
+
+def lu_many(weights: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """See :func:`hflow_fast.ops.lu_many`."""
+    check_stacks("lu_many", weights)
+    return [lu(weight) for weight in weights]
 
 
 def haar(

@@ -69,6 +69,14 @@ inline void check_like(const char* op, const char* name, const Tensor& tensor, c
          shape_of(tensor));
 }
 
+// A square matrix or a batch of them.
+inline void check_matrices(const char* op, const Tensor& weight) {
+  check_floating(op, "weight", weight);
+  const int64_t dim = weight.dim();
+  if ((dim != 2 && dim != 3) || weight.size(dim - 1) != weight.size(dim - 2))
+    fail(op, "weight must have shape (C, C) or (N, C, C), got ", shape_of(weight));
+}
+
 // What autograd hands to the backward pass of an op that returns y, like x, and a log-det per sample.
 inline void check_gradients(const char* op, const Tensor& grad_y, const Tensor& grad_log_det, const Tensor& x) {
   check_floating(op, "grad_y", grad_y);

@@ -10,6 +10,6 @@ from hflow_fast.ops.conv1x1 import conv1x1
 from hflow_fast.ops.coupling import CouplingSpec, active_mask, coupling
 from hflow_fast.ops.flow_step import flow_step
 from hflow_fast.ops.haar import haar
-from hflow_fast.ops.lu import lu
+from hflow_fast.ops.lu import lu, lu_many
 
-__all__ = ["CouplingSpec", "active_mask", "actnorm", "conv1x1", "coupling", "flow_step", "haar", "lu"]
+__all__ = ["CouplingSpec", "active_mask", "actnorm", "conv1x1", "coupling", "flow_step", "haar", "lu", "lu_many"]
