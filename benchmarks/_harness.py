@@ -18,7 +18,7 @@ import torch
 import hflow_fast
 from hflow_fast._extension import build_info
 
-__all__ = ["Case", "Timing", "compare", "device_name", "print_table", "write_csv"]
+__all__ = ["Case", "Timing", "commit", "compare", "device_name", "print_table", "write_csv"]
 
 Function = Callable[[], object]
 QUANTILES = (20, 50, 80)  # %
@@ -108,7 +108,7 @@ def write_csv(timings: Sequence[Timing], device: torch.device, folder: Path) -> 
     columns = ["op", "case", "work", *(f"{side}_us_q{q}" for side in ("ours", "torch") for q in QUANTILES), "ratio",
                "device", "threads", "torch", "hflow_fast", "commit", "date"]  # fmt: skip
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    where = [device_name(device), torch.get_num_threads(), torch.__version__, hflow_fast.__version__, _commit(), now]
+    where = [device_name(device), torch.get_num_threads(), torch.__version__, hflow_fast.__version__, commit(), now]
     folder.mkdir(parents=True, exist_ok=True)
     for op in dict.fromkeys(t.case.op for t in timings):
         path = folder / f"{op}.csv"
@@ -123,7 +123,7 @@ def write_csv(timings: Sequence[Timing], device: torch.device, folder: Path) -> 
                     writer.writerow([op, t.case.name, t.case.work, *times, f"{t.ratio:.2f}", *where])
 
 
-def _commit() -> str:
+def commit() -> str:
     """The commit of the working tree that is timed, "+" where it has changes; the build's where there is no git."""
     here = Path(__file__).parent
     try:

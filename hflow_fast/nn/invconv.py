@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..ops import conv1x1, lu
 from ._cache import ParameterCache
+from ._inversion import invert
 from .skew_exponential import skew_exponential
 
 __all__ = ["InvConv1x1", "per_sample"]
@@ -21,7 +22,8 @@ class InvConv1x1(nn.Module):
     r"""Mixes the channels of every pixel by one learned matrix: z = W x, log-det H·W·log\|det W\|.
 
     Kingma & Dhariwal, "Glow", NeurIPS 2018, §3.2. W starts as a random rotation. While gradients are off, W, its
-    inverse and its log-det are computed once and kept until a parameter changes.
+    inverse and its log-det are computed once and kept until a parameter changes; inverting a matrix that is numerically
+    singular then warns. A singular W has log-det −inf and an inverse of NaN.
 
     Args:
         channels: C.
@@ -86,9 +88,8 @@ class InvConv1x1(nn.Module):
         return (lower @ upper)[self.permutation], self.log_diagonal.sum()
 
     def _inverse_matrix(self) -> tuple[Tensor, Tensor]:
-        matrix, log_abs_det = self._matrix()
-        inverse = matrix.mT if self.parametrization == "orthogonal" else lu(matrix)[1].reshape(matrix.shape)
-        return inverse, log_abs_det
+        matrix, log_abs_det = self.matrix_and_log_det()
+        return invert(matrix, "InvConv1x1").to(torch.promote_types(matrix.dtype, torch.float32)), log_abs_det
 
     def extra_repr(self) -> str:
         return f"{self.channels}, {self.parametrization}"

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from ...nn._cache import ParameterCache
 from ...nn._data_init import DataInitialized, channel_statistics
+from ...nn._inversion import invert
 from ...nn.skew_exponential import skew_exponential
 from ...ops import lu
 
 __all__ = ["FoldedAffines", "StepAffines"]
 
-_BEFORE, _AFTER = (0, 0, 1, 0), (0, 0, 0, 1)  # F.pad: one more step, ahead of the others or behind them
+_AFTER = (0, 0, 0, 1)  # F.pad: one more step behind the others
 
 
 class FoldedAffines(NamedTuple):
@@ -73,7 +74,7 @@ class StepAffines(DataInitialized):
         return self._cache.get("data", list(self.parameters()), self._fold_to_data)
 
     def _fold_to_latent(self) -> FoldedAffines:
-        matrices, _, log_det = self._matrices()
+        matrices, log_det = self._matrices()
         scale = torch.exp(-self.log_scale)
         shift = -self.bias * scale
         # Rows of [1, M_0, M_1, …] are scaled by the actnorm that follows; after the last matrix there is none.
@@ -81,22 +82,20 @@ class StepAffines(DataInitialized):
         return FoldedAffines(weights, F.pad(shift, _AFTER), log_det - self.log_scale.sum())
 
     def _fold_to_data(self) -> FoldedAffines:
-        _, inverses, log_det = self._matrices()
-        inverses, log_scale, bias = inverses.flip(0), self.log_scale.flip(0), self.bias.flip(0)
-        # Columns of […, M_1⁻¹, M_0⁻¹, 1] are scaled by the actnorm inverted before it; before the first there is none.
-        inverses = torch.cat([inverses, _identity(inverses)])
-        biases = torch.einsum("lij,lj->li", inverses, F.pad(bias, _BEFORE))
-        return FoldedAffines(inverses * F.pad(log_scale.exp(), _BEFORE, value=1.0)[:, None, :], biases,
-                             log_scale.sum() - log_det)
+        # What is inverted is exactly what the other direction multiplies by, roundings and all.
+        weights, biases, log_det = self.to_latent()
+        inverses = invert(weights, "StepAffines")
+        biases = -(inverses @ biases.double()[:, :, None]).squeeze(-1)
+        dtype = torch.promote_types(weights.dtype, torch.float32)
+        return FoldedAffines(inverses.flip(0).to(dtype), biases.flip(0).to(dtype), -log_det)
 
-    def _matrices(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The convolutions' matrices (L, C, C), their inverses, and the sum of log|det| (0-dim)."""
+    def _matrices(self) -> tuple[Tensor, Tensor]:
+        """The convolutions' matrices (L, C, C), and the sum of log|det| (0-dim)."""
         if self.parametrization == "orthogonal":
             matrices = skew_exponential(self.matrix * self.gain)
-            return matrices, matrices.mT, matrices.new_zeros(())
+            return matrices, matrices.new_zeros(())
         matrices = self.matrix * self.gain
-        log_abs_det, inverses = lu(matrices)
-        return matrices, inverses, log_abs_det.sum()
+        return matrices, lu(matrices)[0].sum()
 
 
 def _identity(like: Tensor) -> Tensor:
