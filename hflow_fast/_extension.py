@@ -14,7 +14,17 @@ import torch
 
 __all__ = ["build_info", "has_kernel", "missing_reason"]
 
-_OPS = ("actnorm", "conv1x1", "coupling", "flow_step", "haar", "lu")
+_OPS = (
+    "actnorm",
+    "bias_act",
+    "conv1x1",
+    "coupling",
+    "flow_step",
+    "haar",
+    "instance_norm",
+    "lu",
+    "resample",
+)
 _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 
 
