@@ -57,6 +57,8 @@ def bias_act(
         bias = x.new_zeros(x.shape[1])
     if residual is None:
         residual = x.new_empty(0)
+    elif residual.dim() < 2:  # an empty vector would stand for none
+        check_bias_act(x, None, residual)
     number = ACTIVATIONS.index(activation)
     return torch.ops.hflow_fast.bias_act_fwd.default(x, bias, residual, number, slope, gain)
 
