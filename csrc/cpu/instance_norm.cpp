@@ -18,8 +18,8 @@ namespace hflow {
 namespace {
 
 constexpr int64_t kUnit = 16384;             // elements of small planes per unit of work
-constexpr int64_t kLanes = 64;               // sums that run side by side: they hide the latency of addition
-constexpr int64_t kRowsPerSum = 64;          // rows added in T before a sum goes on in double
+constexpr int64_t kLanes = 64;               // channels of a block: sums side by side hide the latency of addition
+constexpr int64_t kRowsPerSum = 64;          // elements of a lane added in T before a sum goes on in double
 constexpr int64_t kLine = 16;                // blocks have multiples of these channels: units share no cache line
 constexpr int64_t kBlockElements = 1 << 17;  // of a block of channels, which stays in L2
 
@@ -28,141 +28,163 @@ struct Block {
   int64_t channels, pixels, stride;
 };
 
-// A block as rows of lanes: pixels that lie side by side share a row, a power of two of them.
-struct Lanes {
-  int64_t channels, lanes, stride, rows, last;  // lanes per row, of the last row too
+// A plane is a row of pixels of one channel, which every lane shares. Sums run in a constant number of lanes, for the
+// compiler to hold in registers.
+struct Plane {
+  static constexpr int most_channels = 1;
+  int64_t channels = 1, pixels;
 
-  HFLOW_LEAF Lanes of(const Block& block) {
-    int64_t repeats = 1;
-    while (block.stride == block.channels && 2 * repeats * block.channels <= kLanes) repeats *= 2;
-    const int64_t rows = (block.pixels + repeats - 1) / repeats, rest = block.pixels - (rows - 1) * repeats;
-    return {block.channels, repeats * block.channels, repeats * block.stride, rows, rest * block.channels};
-  }
+  HFLOW_HD explicit Plane(const Block& block) : pixels(block.pixels) {}
 
-  HFLOW_HD int64_t length(int64_t row) const { return row + 1 < rows ? lanes : last; }
-
-  // The values of the channels, repeated over the lanes.
-  template <class T>
-  HFLOW_HD void repeat(T* values) const {
-    for (int64_t l = channels; l < lanes; ++l) values[l] = values[l - channels];
-  }
-
-  // sums[q][c] over all pixels of channel c; term(offset, length, totals) adds a row to the totals of its lanes.
+  // sums[q][c] over all pixels of channel c, of the values that term(i, c, values) finds for element i.
   template <class T, int Count, class Term>
-  HFLOW_HD void sum(const Term& term, double (&sums)[Count][kLanes]) const {
-    for (int q = 0; q < Count; ++q) std::fill_n(sums[q], lanes, 0.0);
-    for (int64_t begin = 0; begin < rows; begin += kRowsPerSum) {
-      alignas(64) T totals[Count][kLanes] = {};
-      for (int64_t r = begin; r < std::min(begin + kRowsPerSum, rows); ++r) term(r * stride, length(r), totals);
-      for (int q = 0; q < Count; ++q)
-        for (int64_t l = 0; l < lanes; ++l) sums[q][l] += static_cast<double>(totals[q][l]);
+  HFLOW_HD void sum(const Term& term, double (&sums)[Count][most_channels]) const {
+    constexpr int64_t lanes = 32, most = kRowsPerSum * lanes;
+    for (int q = 0; q < Count; ++q) sums[q][0] = 0;
+    for (int64_t begin = 0; begin < pixels; begin += most) {
+      alignas(64) T totals[Count][lanes] = {};
+      const int64_t end = std::min(begin + most, pixels), whole = begin + (end - begin) / lanes * lanes;
+      T values[Count];
+      for (int64_t i = begin; i < whole; i += lanes) {
+#pragma GCC ivdep
+        for (int64_t l = 0; l < lanes; ++l) {
+          term(i + l, 0, values);
+          for (int q = 0; q < Count; ++q) totals[q][l] += values[q];
+        }
+      }
+      for (int64_t i = whole; i < end; ++i) {
+        term(i, 0, values);
+        for (int q = 0; q < Count; ++q) totals[q][i - whole] += values[q];
+      }
+      for (int q = 0; q < Count; ++q) {
+        for (int64_t width = lanes / 2; width > 0; width /= 2)
+          for (int64_t l = 0; l < width; ++l) totals[q][l] += totals[q][l + width];
+        sums[q][0] += static_cast<double>(totals[q][0]);
+      }
     }
-    for (int q = 0; q < Count; ++q)
-      for (int64_t width = lanes / 2; width >= channels; width /= 2)
-        for (int64_t l = 0; l < width; ++l) sums[q][l] += sums[q][l + width];
+  }
+
+  // f(i, c) for every element i, of channel c.
+  template <class F>
+  HFLOW_HD void for_each(const F& f) const {
+#pragma GCC ivdep
+    for (int64_t i = 0; i < pixels; ++i) f(i, 0);
+  }
+};
+
+// Some channels of interleaved pixels; each has its own lane.
+struct Interleaved {
+  static constexpr int most_channels = kLanes;
+  int64_t channels, pixels, stride;
+
+  HFLOW_HD explicit Interleaved(const Block& block)
+      : channels(block.channels), pixels(block.pixels), stride(block.stride) {}
+
+  template <class T, int Count, class Term>
+  HFLOW_HD void sum(const Term& term, double (&sums)[Count][most_channels]) const {
+    for (int q = 0; q < Count; ++q) std::fill_n(sums[q], channels, 0.0);
+    for (int64_t begin = 0; begin < pixels; begin += kRowsPerSum) {
+      alignas(64) T totals[Count][kLanes] = {};
+      for (int64_t pixel = begin; pixel < std::min(begin + kRowsPerSum, pixels); ++pixel) {
+#pragma GCC ivdep
+        for (int64_t c = 0; c < channels; ++c) {
+          T values[Count];
+          term(pixel * stride + c, c, values);
+          for (int q = 0; q < Count; ++q) totals[q][c] += values[q];
+        }
+      }
+      for (int q = 0; q < Count; ++q)
+        for (int64_t c = 0; c < channels; ++c) sums[q][c] += static_cast<double>(totals[q][c]);
+    }
+  }
+
+  template <class F>
+  HFLOW_HD void for_each(const F& f) const {
+    for (int64_t pixel = 0; pixel < pixels; ++pixel) {
+#pragma GCC ivdep
+      for (int64_t c = 0; c < channels; ++c) f(pixel * stride + c, c);
+    }
   }
 };
 
 template <class T>
-struct AddValues {
+struct Values {
   const T* x;
 
-  HFLOW_HD void operator()(int64_t offset, int64_t n, T (&totals)[1][kLanes]) const {
-#pragma GCC ivdep
-    for (int64_t l = 0; l < n; ++l) totals[0][l] += x[offset + l];
-  }
+  HFLOW_HD void operator()(int64_t i, int64_t, T (&values)[1]) const { values[0] = x[i]; }
 };
 
 template <class T>
-struct AddMoments {
+struct Moments {
   const T *x, *center;
 
-  HFLOW_HD void operator()(int64_t offset, int64_t n, T (&totals)[2][kLanes]) const {
-#pragma GCC ivdep
-    for (int64_t l = 0; l < n; ++l) {
-      const T d = x[offset + l] - center[l];
-      totals[0][l] += d;
-      totals[1][l] += d * d;
-    }
+  HFLOW_HD void operator()(int64_t i, int64_t c, T (&values)[2]) const {
+    values[0] = x[i] - center[c];
+    values[1] = values[0] * values[0];
   }
 };
 
 template <class T>
-struct AddGradients {
+struct Products {
   const T *x, *center, *grad;
 
-  HFLOW_HD void operator()(int64_t offset, int64_t n, T (&totals)[4][kLanes]) const {
-#pragma GCC ivdep
-    for (int64_t l = 0; l < n; ++l) {
-      const T d = x[offset + l] - center[l], g = grad[offset + l];
-      totals[0][l] += d;
-      totals[1][l] += d * d;
-      totals[2][l] += g;
-      totals[3][l] += g * d;
-    }
+  HFLOW_HD void operator()(int64_t i, int64_t c, T (&values)[4]) const {
+    values[0] = x[i] - center[c];
+    values[1] = values[0] * values[0];
+    values[2] = grad[i];
+    values[3] = grad[i] * values[0];
   }
 };
 
-// The mean of every lane's channel, as far as T holds it.
-template <class T>
-HFLOW_LEAF void find_centers(const Lanes& lanes, const T* x, double n, T (&center)[kLanes]) {
-  double sums[1][kLanes];
-  lanes.sum<T>(AddValues<T>{x}, sums);
-  for (int64_t c = 0; c < lanes.channels; ++c) center[c] = static_cast<T>(sums[0][c] / n);
-  lanes.repeat(center);
+// The means, as far as T holds them.
+template <class T, class Layout>
+HFLOW_LEAF void find_centers(const Layout& layout, const T* x, T* center) {
+  double sums[1][Layout::most_channels];
+  layout.template sum<T>(Values<T>{x}, sums);
+  for (int64_t c = 0; c < layout.channels; ++c)
+    center[c] = static_cast<T>(sums[0][c] / static_cast<double>(layout.pixels));
 }
 
-// `count` blocks, `distance` elements apart.
-template <class T>
+// `count` blocks, one after another.
+template <class T, class Layout>
 struct Forward {
-  HFLOW_LEAF void run(const T* x, T* y, int64_t count, int64_t distance, Block block, double epsilon) {
-    const Lanes lanes = Lanes::of(block);
-    const double n = static_cast<double>(block.pixels);
-    for (int64_t b = 0; b < count; ++b, x += distance, y += distance) {
-      alignas(64) T center[kLanes], scale[kLanes], shift[kLanes];
-      find_centers(lanes, x, n, center);
-      double sums[2][kLanes];
-      lanes.sum<T>(AddMoments<T>{x, center}, sums);
-      for (int64_t c = 0; c < lanes.channels; ++c) {
-        const InstanceNorm norm(n, sums[0][c], sums[1][c], epsilon);
+  HFLOW_LEAF void run(const T* x, T* y, int64_t count, Block block, double epsilon) {
+    const Layout layout(block);
+    for (int64_t b = 0; b < count; ++b, x += block.pixels, y += block.pixels) {
+      alignas(64) T center[Layout::most_channels], scale[Layout::most_channels], shift[Layout::most_channels];
+      find_centers(layout, x, center);
+      double sums[2][Layout::most_channels];
+      layout.template sum<T>(Moments<T>{x, center}, sums);
+      for (int64_t c = 0; c < layout.channels; ++c) {
+        const InstanceNorm norm(static_cast<double>(block.pixels), sums[0][c], sums[1][c], epsilon);
         scale[c] = static_cast<T>(norm.scale()), shift[c] = static_cast<T>(norm.shift());
       }
-      lanes.repeat(scale), lanes.repeat(shift);
-      for (int64_t r = 0; r < lanes.rows; ++r) {
-        const int64_t offset = r * lanes.stride, length = lanes.length(r);
-#pragma GCC ivdep
-        for (int64_t l = 0; l < length; ++l) y[offset + l] = (x[offset + l] - center[l]) * scale[l] + shift[l];
-      }
+      layout.for_each([&](int64_t i, int64_t c) __attribute__((always_inline)) {
+        y[i] = (x[i] - center[c]) * scale[c] + shift[c];
+      });
     }
   }
 };
 
-template <class T>
+template <class T, class Layout>
 struct Backward {
-  HFLOW_LEAF void run(const T* x, const T* grad_y, T* grad_x, int64_t count, int64_t distance, Block block,
-                      double epsilon) {
-    const Lanes lanes = Lanes::of(block);
-    const double n = static_cast<double>(block.pixels);
-    for (int64_t b = 0; b < count; ++b, x += distance, grad_y += distance, grad_x += distance) {
-      alignas(64) T center[kLanes], of_grad[kLanes], of_d[kLanes], constant[kLanes];
-      find_centers(lanes, x, n, center);
-      double sums[4][kLanes];
-      lanes.sum<T>(AddGradients<T>{x, center, grad_y}, sums);
-      for (int64_t c = 0; c < lanes.channels; ++c) {
-        const InstanceNorm norm(n, sums[0][c], sums[1][c], epsilon);
+  HFLOW_LEAF void run(const T* x, const T* grad_y, T* grad_x, int64_t count, Block block, double epsilon) {
+    constexpr int most = Layout::most_channels;
+    const Layout layout(block);
+    for (int64_t b = 0; b < count; ++b, x += block.pixels, grad_y += block.pixels, grad_x += block.pixels) {
+      alignas(64) T center[most], of_grad[most], of_d[most], constant[most];
+      find_centers(layout, x, center);
+      double sums[4][most];
+      layout.template sum<T>(Products<T>{x, center, grad_y}, sums);
+      for (int64_t c = 0; c < layout.channels; ++c) {
+        const InstanceNorm norm(static_cast<double>(block.pixels), sums[0][c], sums[1][c], epsilon);
         const InstanceNormGradient gradient(norm, sums[2][c], sums[3][c]);
         of_grad[c] = static_cast<T>(gradient.of_grad), of_d[c] = static_cast<T>(gradient.of_d);
         constant[c] = static_cast<T>(gradient.constant);
       }
-      lanes.repeat(of_grad), lanes.repeat(of_d), lanes.repeat(constant);
-      for (int64_t r = 0; r < lanes.rows; ++r) {
-        const int64_t offset = r * lanes.stride, length = lanes.length(r);
-#pragma GCC ivdep
-        for (int64_t l = 0; l < length; ++l) {
-          const int64_t i = offset + l;
-          grad_x[i] = of_grad[l] * grad_y[i] + (of_d[l] * (x[i] - center[l]) + constant[l]);
-        }
-      }
+      layout.for_each([&](int64_t i, int64_t c) __attribute__((always_inline)) {
+        grad_x[i] = of_grad[c] * grad_y[i] + (of_d[c] * (x[i] - center[c]) + constant[c]);
+      });
     }
   }
 };
@@ -237,7 +259,11 @@ Tensor instance_norm_fwd(Tensor x, double epsilon) {
     for_blocks(x, format, [&](int64_t offset, int64_t count, Block block) {
       BlockBuffer<T> in(Memory::of(x), offset, count, block, direct), out(Memory::of(y), offset, count, block, direct);
       if (!direct) block.stride = block.channels;
-      run_leaf<Forward<T>>(in.read(), out.data(), count, block.pixels, block, epsilon);
+      if (format == MemoryFormat::Contiguous) {
+        run_leaf<Forward<T, Plane>>(in.read(), out.data(), count, block, epsilon);
+      } else {
+        run_leaf<Forward<T, Interleaved>>(in.read(), out.data(), count, block, epsilon);
+      }
       out.write();
     });
   });
@@ -259,7 +285,11 @@ Tensor instance_norm_bwd(Tensor x, Tensor grad_y, double epsilon) {
       BlockBuffer<T> in(Memory::of(x), offset, count, block, direct),
           grad(Memory::of(grad_y), offset, count, block, direct), out(Memory::of(grad_x), offset, count, block, direct);
       if (!direct) block.stride = block.channels;
-      run_leaf<Backward<T>>(in.read(), grad.read(), out.data(), count, block.pixels, block, epsilon);
+      if (format == MemoryFormat::Contiguous) {
+        run_leaf<Backward<T, Plane>>(in.read(), grad.read(), out.data(), count, block, epsilon);
+      } else {
+        run_leaf<Backward<T, Interleaved>>(in.read(), grad.read(), out.data(), count, block, epsilon);
+      }
       out.write();
     });
   });

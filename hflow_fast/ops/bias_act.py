@@ -52,13 +52,9 @@ def bias_act(
     if not has_kernel("bias_act", x.device):
         return reference.bias_act(x, bias, residual, activation=activation, slope=slope, gain=gain)
     check_activation(activation)
-    if bias is None:
-        check_bias_act(x, None, None)
-        bias = x.new_zeros(x.shape[1])
-    if residual is None:
-        residual = x.new_empty(0)
-    elif residual.dim() < 2:  # an empty vector would stand for none
-        check_bias_act(x, None, residual)
+    if any(t is not None and t.shape == (0,) for t in (bias, residual)):  # which the kernel takes for none
+        check_bias_act(x, bias, residual)
+    bias, residual = (x.new_empty(0) if t is None else t for t in (bias, residual))
     number = ACTIVATIONS.index(activation)
     return torch.ops.hflow_fast.bias_act_fwd.default(x, bias, residual, number, slope, gain)
 
@@ -66,7 +62,7 @@ def bias_act(
 def _fake(
     x: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor, activation: int, slope: float, gain: float
 ) -> torch.Tensor:
-    check_bias_act(x, bias, None if residual.shape == (0,) else residual)
+    check_bias_act(x, *(None if t.shape == (0,) else t for t in (bias, residual)))
     if not 0 <= activation < len(ACTIVATIONS):
         raise ValueError(
             f"hflow_fast.bias_act: activation must be from 0 to {len(ACTIVATIONS) - 1}, got {activation}"
