@@ -37,24 +37,26 @@ struct ResampleEdges {
 
 // From sums over the n values of d = x − center, where center is the mean as far as its dtype holds it: the rest of the
 // mean, δ, is put back, so that a large mean costs no accuracy.
+template <class T>
 struct InstanceNorm {
-  double rest, inverse_std, n;
+  T rest, inverse_std, n;
 
-  HFLOW_HD InstanceNorm(double n, double sum_d, double sum_d_squared, double epsilon)
-      : rest(sum_d / n), inverse_std(1 / sqrt((sum_d_squared - sum_d * rest) / (n - 1) + epsilon)), n(n) {}
+  HFLOW_HD InstanceNorm(T n, T sum_d, T sum_d_squared, T epsilon)
+      : rest(sum_d / n), inverse_std(T(1) / sqrt((sum_d_squared - sum_d * rest) / (n - T(1)) + epsilon)), n(n) {}
 
   // y = scale·d + shift
-  HFLOW_HD double scale() const { return inverse_std; }
-  HFLOW_HD double shift() const { return -rest * inverse_std; }
+  HFLOW_HD T scale() const { return inverse_std; }
+  HFLOW_HD T shift() const { return -rest * inverse_std; }
 };
 
 // grad_x = of_grad·grad_y + of_d·d + constant, with the sums of grad_y and of grad_y·d.
+template <class T>
 struct InstanceNormGradient {
-  double of_grad, of_d, constant;
+  T of_grad, of_d, constant;
 
-  HFLOW_HD InstanceNormGradient(const InstanceNorm& norm, double sum_grad, double sum_grad_d) : of_grad(norm.scale()) {
-    const double projection = sum_grad_d - norm.rest * sum_grad;  // Σ grad_y·(x − mean)
-    of_d = -norm.scale() * norm.scale() * norm.scale() * projection / (norm.n - 1);
+  HFLOW_HD InstanceNormGradient(const InstanceNorm<T>& norm, T sum_grad, T sum_grad_d) : of_grad(norm.scale()) {
+    const T projection = sum_grad_d - norm.rest * sum_grad;  // Σ grad_y·(x − mean)
+    of_d = -norm.scale() * norm.scale() * norm.scale() * projection / (norm.n - T(1));
     constant = -norm.scale() * sum_grad / norm.n - of_d * norm.rest;
   }
 };

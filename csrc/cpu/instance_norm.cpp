@@ -156,7 +156,7 @@ struct Forward {
       double sums[2][Layout::most_channels];
       layout.template sum<T>(Moments<T>{x, center}, sums);
       for (int64_t c = 0; c < layout.channels; ++c) {
-        const InstanceNorm norm(static_cast<double>(block.pixels), sums[0][c], sums[1][c], epsilon);
+        const InstanceNorm<double> norm(static_cast<double>(block.pixels), sums[0][c], sums[1][c], epsilon);
         scale[c] = static_cast<T>(norm.scale()), shift[c] = static_cast<T>(norm.shift());
       }
       layout.for_each([&](int64_t i, int64_t c) __attribute__((always_inline)) {
@@ -177,8 +177,8 @@ struct Backward {
       double sums[4][most];
       layout.template sum<T>(Products<T>{x, center, grad_y}, sums);
       for (int64_t c = 0; c < layout.channels; ++c) {
-        const InstanceNorm norm(static_cast<double>(block.pixels), sums[0][c], sums[1][c], epsilon);
-        const InstanceNormGradient gradient(norm, sums[2][c], sums[3][c]);
+        const InstanceNorm<double> norm(static_cast<double>(block.pixels), sums[0][c], sums[1][c], epsilon);
+        const InstanceNormGradient<double> gradient(norm, sums[2][c], sums[3][c]);
         of_grad[c] = static_cast<T>(gradient.of_grad), of_d[c] = static_cast<T>(gradient.of_d);
         constant[c] = static_cast<T>(gradient.constant);
       }

@@ -9,8 +9,8 @@
 #include <memory>
 #include <vector>
 
-#include "common/check.h"
 #include "common/parallel.h"
+#include "common/resample_check.h"
 #include "common/rows.h"
 #include "common/tensor.h"
 #include "network_formulas.h"
@@ -142,17 +142,8 @@ void resample(const Image& image, int64_t images, Memory x, Memory y) {
 }
 
 Tensor resample_fwd(Tensor x, bool up, bool adjoint) {
-  check_flow_variable("resample", "x", x);
-  if (x.dim() != 4) fail("resample", "x must have shape (B, C, H, W), got ", shape_of(x));
+  const std::vector<int64_t> sizes = resampled_sizes(x, up, adjoint);
   const bool doubles = up != adjoint;
-  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-  for (int64_t d : {2, 3}) {
-    const int64_t n = x.size(d), least = adjoint ? (up ? 4 : 1) : 2;
-    if (n < least || (!doubles && n % 2 != 0))
-      fail("resample", "x must have ", doubles ? "" : "even ", "H and W of at least ", least, " to be ",
-           doubles ? "doubled" : "halved", "; pad or crop it, got ", shape_of(x));
-    sizes[d] = doubles ? 2 * n : n / 2;
-  }
   const MemoryFormat format = format_of(x);
   x = as_format(x, format);
   Tensor y = empty_in(x, sizes, format);
