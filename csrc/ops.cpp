@@ -20,5 +20,10 @@ STABLE_TORCH_LIBRARY(hflow_fast, m) {
   m.def("flow_step_fwd(Tensor x, Tensor raw, Tensor weight, Tensor bias, " COUPLING_OPTIONS ") -> (Tensor y, Tensor log_det)");
   m.def("flow_step_bwd(Tensor x, Tensor raw, Tensor weight, Tensor bias, Tensor grad_y, Tensor grad_log_det, " COUPLING_OPTIONS ") -> (Tensor grad_x, Tensor grad_raw, Tensor grad_weight, Tensor grad_bias)");
   m.def("haar_fwd(Tensor x, int levels, bool by_colour, float gain, float average_gain, bool inverse) -> Tensor y");
+  m.def("resample_fwd(Tensor x, bool up, bool adjoint) -> Tensor y");
+  m.def("instance_norm_fwd(Tensor x, float epsilon) -> Tensor y");
+  m.def("instance_norm_bwd(Tensor x, Tensor grad_y, float epsilon) -> Tensor grad_x");
+  m.def("bias_act_fwd(Tensor x, Tensor bias, Tensor residual, int activation, float slope, float gain) -> Tensor y");
+  m.def("bias_act_bwd(Tensor x, Tensor bias, Tensor residual, Tensor grad_y, int activation, float slope, float gain) -> (Tensor grad_x, Tensor grad_bias, Tensor grad_residual)");
 }
 // clang-format on

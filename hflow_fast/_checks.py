@@ -12,17 +12,25 @@ if TYPE_CHECKING:
     from hflow_fast.ops.coupling import CouplingSpec
 
 __all__ = [
+    "ACTIVATIONS",
+    "check_activation",
+    "check_bias_act",
     "check_channels",
     "check_coupling",
     "check_floating",
     "check_flow_variable",
     "check_haar",
     "check_haar_options",
+    "check_instance_norm",
     "check_like",
     "check_matrices",
+    "check_resample",
     "check_stacks",
     "compute_dtype",
 ]
+
+ACTIVATIONS = ("linear", "leaky_relu", "tanh")
+"""Of bias_act, in the order of ``csrc/network_formulas.h``."""
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -125,3 +133,45 @@ def check_haar(x: torch.Tensor, levels: int, inverse: bool) -> None:
         raise ValueError(
             f"hflow_fast.haar: the spatial sizes of x must be multiples of {side} for {levels} level(s), got {shape}"
         )
+
+
+def check_resample(x: torch.Tensor, up: bool, adjoint: bool = False) -> None:
+    """x with sizes that can be halved or doubled, and edges to reflect."""
+    check_floating("resample", x=x)
+    shape, doubles = tuple(x.shape), up != adjoint
+    if x.dim() != 4:
+        raise ValueError(f"hflow_fast.resample: x must have shape (B, C, H, W), got {shape}")
+    least = 2 if not adjoint else 4 if up else 1
+    if any(size < least or (not doubles and size % 2) for size in shape[2:]):
+        raise ValueError(
+            f"hflow_fast.resample: x must have {'' if doubles else 'even '}H and W of at least {least} to be "
+            f"{'doubled' if doubles else 'halved'}; pad or crop it, got {shape}"
+        )
+
+
+def check_instance_norm(x: torch.Tensor, epsilon: float) -> None:
+    """x with something to normalise over."""
+    check_flow_variable("instance_norm", x)
+    pixels = math.prod(x.shape[2:])
+    if (x.shape[1] if pixels == 1 else pixels) == 1:
+        raise ValueError(
+            "hflow_fast.instance_norm: x must have more than one pixel, or more than one channel of a single pixel, "
+            f"got {tuple(x.shape)}"
+        )
+    if not epsilon > 0:
+        raise ValueError(f"hflow_fast.instance_norm: epsilon must be above 0, got {epsilon:g}")
+
+
+def check_bias_act(x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None) -> None:
+    """x, a bias per channel and a residual of x's shape, if there are any."""
+    check_flow_variable("bias_act", x)
+    if bias is not None:
+        check_channels("bias_act", x, (x.shape[1],), bias=bias)
+    if residual is not None:
+        check_like("bias_act", x, "residual", residual, x.shape[1])
+
+
+def check_activation(activation: str) -> None:
+    """The option of bias_act that a kernel sees as a number."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"hflow_fast.bias_act: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")

@@ -14,7 +14,18 @@ import torch
 
 __all__ = ["build_info", "has_kernel", "missing_reason"]
 
-_OPS = ("actnorm", "conv1x1", "coupling", "flow_step", "haar", "lu", "lu_many")
+_OPS = (
+    "actnorm",
+    "bias_act",
+    "conv1x1",
+    "coupling",
+    "flow_step",
+    "haar",
+    "instance_norm",
+    "lu",
+    "lu_many",
+    "resample",
+)
 _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 
 

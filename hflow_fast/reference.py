@@ -15,12 +15,16 @@ import torch
 import torch.nn.functional as F
 
 from hflow_fast._checks import (
+    check_activation,
+    check_bias_act,
     check_channels,
     check_coupling,
     check_flow_variable,
     check_haar,
     check_haar_options,
+    check_instance_norm,
     check_matrices,
+    check_resample,
     check_stacks,
     compute_dtype,
 )
@@ -28,7 +32,19 @@ from hflow_fast._checks import (
 if TYPE_CHECKING:
     from hflow_fast.ops.coupling import CouplingSpec
 
-__all__ = ["active_mask", "actnorm", "conv1x1", "coupling", "flow_step", "haar", "lu", "lu_many"]
+__all__ = [
+    "active_mask",
+    "actnorm",
+    "bias_act",
+    "conv1x1",
+    "coupling",
+    "flow_step",
+    "haar",
+    "instance_norm",
+    "lu",
+    "lu_many",
+    "resample",
+]
 
 
 def _per_channel(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -242,3 +258,62 @@ def _haar_pixels(y: torch.Tensor, gains: torch.Tensor, by_colour: bool) -> torch
         low, high = x.unbind(2 + bit)
         x = torch.stack([low + high, low - high], 3 + 2 * bit).flatten(2 + 2 * bit, 3 + 2 * bit)
     return x
+
+
+def resample(x: torch.Tensor, *, up: bool = False) -> torch.Tensor:
+    """See :func:`hflow_fast.ops.resample`."""
+    check_resample(x, up)
+    one_axis = _double_axis if up else _halve_axis
+    return one_axis(one_axis(x.to(compute_dtype(x)), 2), 3).to(x.dtype)
+
+
+def _halve_axis(x: torch.Tensor, axis: int) -> torch.Tensor:
+    """(x[2i − 1] + 3 x[2i] + 3 x[2i + 1] + x[2i + 2])/8, edges reflected."""
+    n = x.shape[axis]
+    padded = torch.cat([x.narrow(axis, 1, 1), x, x.narrow(axis, n - 2, 1)], axis)
+    odd, even = padded.unflatten(axis, (-1, 2)).unbind(axis + 1)
+    near = even.narrow(axis, 0, n // 2) + odd.narrow(axis, 1, n // 2)
+    return (3 * near + odd.narrow(axis, 0, n // 2) + even.narrow(axis, 1, n // 2)) / 8
+
+
+def _double_axis(x: torch.Tensor, axis: int) -> torch.Tensor:
+    """(3 x[i] + x[i − 1])/4 and (3 x[i] + x[i + 1])/4, the first edge repeated, the last reflected."""
+    n = x.shape[axis]
+    padded = torch.cat([x.narrow(axis, 0, 1), x, x.narrow(axis, n - 2, 1)], axis)
+    pair = [3 * x + padded.narrow(axis, 0, n), 3 * x + padded.narrow(axis, 2, n)]
+    return torch.stack(pair, axis + 1).flatten(axis, axis + 1) / 4
+
+
+def instance_norm(x: torch.Tensor, *, epsilon: float = 1e-6) -> torch.Tensor:
+    """See :func:`hflow_fast.ops.instance_norm`."""
+    check_instance_norm(x, epsilon)
+    if x.numel() == 0:
+        return x.clone()
+    values = x.to(compute_dtype(x))
+    axes = [1] if math.prod(x.shape[2:]) == 1 else list(range(2, x.dim()))
+    var, mean = torch.var_mean(values, axes, correction=1, keepdim=True)
+    return ((values - mean) * torch.rsqrt(var + epsilon)).to(x.dtype)
+
+
+def bias_act(
+    x: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    *,
+    activation: str = "linear",
+    slope: float = 0.1,
+    gain: float = 1.0,
+) -> torch.Tensor:
+    """See :func:`hflow_fast.ops.bias_act`."""
+    check_bias_act(x, bias, residual)
+    check_activation(activation)
+    dtype = compute_dtype(x)
+    v = x.to(dtype) if bias is None else x.to(dtype) + _per_channel(bias.to(dtype), x)
+    match activation:
+        case "leaky_relu":
+            v = F.leaky_relu(v, slope)
+        case "tanh":
+            v = torch.tanh(v)
+    if residual is not None:
+        v = v + residual.to(dtype)
+    return (v * gain).to(x.dtype)

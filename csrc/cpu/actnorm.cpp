@@ -14,13 +14,10 @@
 #include "common/parallel.h"
 #include "common/rows.h"
 #include "common/tensor.h"
+#include "cpu/channel_plan.h"
 
 namespace hflow {
 namespace {
-
-constexpr int64_t kTile = 1024;         // elements converted at a time: buffers stay in L1
-constexpr int64_t kChunk = 16 * kTile;  // elements per unit of work
-constexpr int64_t kLongRow = 64;        // rows at least this long are worth a call of their own
 
 // y = (x − center)·scale + shift: both directions, since one of center and shift is zero.
 template <class T>
@@ -86,51 +83,12 @@ struct PatternBackward {
   }
 };
 
-// How the elements of x meet the channels.
-struct Plan {
-  int64_t channels, run, total;  // `run` consecutive elements share a channel
-  bool by_rows;
-
-  Plan(const Tensor& x, MemoryFormat format)
-      : channels(x.size(1)),
-        run(format == MemoryFormat::ChannelsLast ? 1 : pixels_of(x)),
-        total(x.numel()),
-        by_rows(run >= kLongRow) {}
-
-  int64_t period() const { return run * channels; }
-  int64_t chunks_per_row() const { return (run + kChunk - 1) / kChunk; }
-  // The pattern repeats whole periods up to about a tile, so that short periods still fill vectors.
-  int64_t pattern() const { return period() * std::max<int64_t>(1, kTile / std::max<int64_t>(period(), 1)); }
-  int64_t pattern_chunk() const { return pattern() * std::max<int64_t>(1, kChunk / std::max<int64_t>(pattern(), 1)); }
-};
-
-// f(channel, offset, n) for the tiles of one (row, chunk) unit.
-template <class F>
-void for_row_tiles(const Plan& plan, int64_t unit, const F& f) {
-  const int64_t row = unit / plan.chunks_per_row(), begin = (unit % plan.chunks_per_row()) * kChunk;
-  const int64_t end = std::min(begin + kChunk, plan.run);
-  for (int64_t p = begin; p < end; p += kTile) f(row % plan.channels, row * plan.run + p, std::min(kTile, end - p));
-}
-
-// f(pattern_offset, offset, n) for the tiles of one pattern unit.
-template <class F>
-void for_pattern_tiles(const Plan& plan, int64_t unit, const F& f) {
-  const int64_t end = std::min((unit + 1) * plan.pattern_chunk(), plan.total);
-  for (int64_t base = unit * plan.pattern_chunk(); base < end; base += plan.pattern()) {
-    const int64_t stop = std::min(base + plan.pattern(), end);
-    for (int64_t e = base; e < stop; e += kTile) f(e - base, e, std::min(kTile, stop - e));
-  }
-}
-
-int64_t row_units(const Plan& plan) { return plan.total / plan.run * plan.chunks_per_row(); }
-int64_t pattern_units(const Plan& plan) { return (plan.total + plan.pattern_chunk() - 1) / plan.pattern_chunk(); }
-
 template <class T>
-void forward(const Plan& plan, const ChannelAffine<T>& affine, Memory x, Memory y) {
+void forward(const ChannelPlan& plan, const ChannelAffine<T>& affine, Memory x, Memory y) {
   if (plan.by_rows) {
-    parallel_units(row_units(plan), std::min(plan.run, kChunk), [&](int64_t unit) {
+    parallel_units(plan.row_units(), std::min(plan.run, kChunk), [&](int64_t unit) {
       alignas(64) T in[kTile], out[kTile];
-      for_row_tiles(plan, unit, [&](int64_t c, int64_t offset, int64_t n) {
+      plan.for_row_tiles(unit, [&](int64_t c, int64_t offset, int64_t n) {
         run_leaf<RowForward<T>>(load(x, offset, n, in), target(y, offset, out), n, affine.scale[c], affine.center[c],
                                 affine.shift[c]);
         store(out, y, offset, n);
@@ -139,9 +97,9 @@ void forward(const Plan& plan, const ChannelAffine<T>& affine, Memory x, Memory 
     return;
   }
   const ChannelAffine<T> pattern(affine, plan.run, plan.pattern());
-  parallel_units(pattern_units(plan), plan.pattern_chunk(), [&](int64_t unit) {
+  parallel_units(plan.pattern_units(), plan.pattern_chunk(), [&](int64_t unit) {
     alignas(64) T in[kTile], out[kTile];
-    for_pattern_tiles(plan, unit, [&](int64_t p, int64_t offset, int64_t n) {
+    plan.for_pattern_tiles(unit, [&](int64_t p, int64_t offset, int64_t n) {
       run_leaf<PatternForward<T>>(load(x, offset, n, in), target(y, offset, out), n, pattern.scale.data() + p,
                                   pattern.center.data() + p, pattern.shift.data() + p);
       store(out, y, offset, n);
@@ -155,14 +113,14 @@ struct ChannelSums {
 };
 
 template <class T>
-ChannelSums backward(const Plan& plan, const ChannelAffine<T>& affine, Memory x, Memory grad_y, Memory grad_x) {
+ChannelSums backward(const ChannelPlan& plan, const ChannelAffine<T>& affine, Memory x, Memory grad_y, Memory grad_x) {
   ChannelSums sums{std::vector<double>(plan.channels), std::vector<double>(plan.channels)};
   if (plan.by_rows) {
-    const int64_t units = row_units(plan);
+    const int64_t units = plan.row_units();
     std::vector<double> partial(2 * units);
     parallel_units(units, std::min(plan.run, kChunk), [&](int64_t unit) {
       alignas(64) T in[kTile], grad[kTile], out[kTile], product[kTile];
-      for_row_tiles(plan, unit, [&](int64_t c, int64_t offset, int64_t n) {
+      plan.for_row_tiles(unit, [&](int64_t c, int64_t offset, int64_t n) {
         const T* g = load(grad_y, offset, n, grad);
         run_leaf<RowBackward<T>>(load(x, offset, n, in), g, target(grad_x, offset, out), product, n, affine.scale[c],
                                  affine.center[c]);
@@ -172,19 +130,19 @@ ChannelSums backward(const Plan& plan, const ChannelAffine<T>& affine, Memory x,
       });
     });
     for (int64_t unit = 0; unit < units; ++unit) {
-      const int64_t c = unit / plan.chunks_per_row() % plan.channels;
+      const int64_t c = plan.channel_of_unit(unit);
       sums.grad[c] += partial[2 * unit];
       sums.product[c] += partial[2 * unit + 1];
     }
     return sums;
   }
   const ChannelAffine<T> pattern(affine, plan.run, plan.pattern());
-  const int64_t units = pattern_units(plan), width = plan.pattern();
+  const int64_t units = plan.pattern_units(), width = plan.pattern();
   std::vector<T> partial(2 * width * units);
   parallel_units(units, plan.pattern_chunk(), [&](int64_t unit) {
     alignas(64) T in[kTile], grad[kTile], out[kTile];
     T* grad_sum = partial.data() + 2 * width * unit;
-    for_pattern_tiles(plan, unit, [&](int64_t p, int64_t offset, int64_t n) {
+    plan.for_pattern_tiles(unit, [&](int64_t p, int64_t offset, int64_t n) {
       run_leaf<PatternBackward<T>>(load(x, offset, n, in), load(grad_y, offset, n, grad), target(grad_x, offset, out),
                                    grad_sum + p, grad_sum + width + p, n, pattern.scale.data() + p,
                                    pattern.center.data() + p);
@@ -193,7 +151,7 @@ ChannelSums backward(const Plan& plan, const ChannelAffine<T>& affine, Memory x,
   });
   for (int64_t unit = 0; unit < units; ++unit) {
     for (int64_t e = 0; e < width; ++e) {
-      const int64_t c = e / plan.run % plan.channels;
+      const int64_t c = plan.channel_of_element(e);
       sums.grad[c] += static_cast<double>(partial[2 * width * unit + e]);
       sums.product[c] += static_cast<double>(partial[2 * width * unit + width + e]);
     }
@@ -225,7 +183,7 @@ std::tuple<Tensor, Tensor> actnorm_fwd(Tensor x, Tensor log_scale, Tensor bias, 
   visit_compute_type(x.scalar_type(), [&](auto t) {
     using T = decltype(t);
     if (x.numel() > 0)
-      forward<T>(Plan(x, format), ChannelAffine<T>(log_scale, bias, inverse), Memory::of(x), Memory::of(y));
+      forward<T>(ChannelPlan(x, format), ChannelAffine<T>(log_scale, bias, inverse), Memory::of(x), Memory::of(y));
     const double value = static_cast<double>(pixels_of(x)) * total_of(log_scale);
     std::fill_n(static_cast<T*>(log_det.data_ptr()), x.size(0), static_cast<T>(inverse ? -value : value));
   });
@@ -249,7 +207,7 @@ std::tuple<Tensor, Tensor, Tensor> actnorm_bwd(Tensor x, Tensor log_scale, Tenso
     const ChannelAffine<T> affine(log_scale, bias, inverse);
     ChannelSums sums{std::vector<double>(channels), std::vector<double>(channels)};
     if (x.numel() > 0)
-      sums = backward<T>(Plan(x, format), affine, Memory::of(x), Memory::of(grad_y), Memory::of(grad_x));
+      sums = backward<T>(ChannelPlan(x, format), affine, Memory::of(x), Memory::of(grad_y), Memory::of(grad_x));
     const double from_log_det = static_cast<double>(pixels_of(x)) * total_of(grad_log_det);
     for (int64_t c = 0; c < channels; ++c) {
       const double scale = affine.scale[c];

@@ -2,7 +2,7 @@
 
 Contract with the schemas in ``csrc/ops.cpp``: ``<op>_fwd(tensors…, options…)`` and
 ``<op>_bwd(tensors…, gradients of the outputs…, options…)``, which returns one gradient per tensor. The first tensor
-is the flow variable; it decides the memory format of everything with four dimensions.
+is the flow variable, or what a network's op works on; it decides the memory format of everything with four dimensions.
 """
 
 from __future__ import annotations
@@ -32,26 +32,28 @@ def empty_like_in(tensor: torch.Tensor, memory_format: torch.memory_format) -> t
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device, memory_format=chosen)
 
 
-def register(op: str, tensors: int, fake: Callable[..., Any]) -> None:
+def register(op: str, tensors: int, fake: Callable[..., Any], autocast: bool = True) -> None:
     """Register the fake, autograd and autocast implementations of ``op``; its first ``tensors`` arguments are tensors.
 
     ``fake`` takes the arguments of ``<op>_fwd``, checks them and returns empty outputs. Under autocast a half-precision
     flow variable becomes float32, so that flow variables and log-dets keep their precision; the other tensors are read
-    as they are, which saves a cast pass over a network's output.
+    as they are, which saves a cast pass over a network's output. The ops inside networks say ``autocast=False``: they
+    follow the precision of the network, whatever it is.
     """
     if _extension.missing_reason() is not None:
         return
     forward_op = getattr(torch.ops.hflow_fast, f"{op}_fwd").default
     backward_op = getattr(torch.ops.hflow_fast, f"{op}_bwd").default
 
-    def fake_backward(*arguments: Any) -> tuple[torch.Tensor, ...]:
+    def fake_backward(*arguments: Any) -> torch.Tensor | tuple[torch.Tensor, ...]:
         memory_format = format_of(arguments[0])
-        return tuple(empty_like_in(tensor, memory_format) for tensor in arguments[:tensors])
+        gradients = tuple(empty_like_in(tensor, memory_format) for tensor in arguments[:tensors])
+        return gradients if tensors > 1 else gradients[0]
 
     torch.library.register_fake(f"hflow_fast::{op}_fwd", fake)
     torch.library.register_fake(f"hflow_fast::{op}_bwd", fake_backward)
     _register_autograd(forward_op, backward_op, tensors)
-    for key in ("AutocastCPU", "AutocastCUDA"):
+    for key in ("AutocastCPU", "AutocastCUDA") if autocast else ():
         register_autocast(forward_op, key)
 
 
@@ -78,7 +80,7 @@ def _register_autograd(forward_op: torch._ops.OpOverload, backward_op: torch._op
             arguments = *ctx.saved_tensors, *gradients, *ctx.options
             # Gradients are enabled for create_graph=True only.
             computed = Gradient.apply(*arguments) if torch.is_grad_enabled() else backward_op(*arguments)
-            return None, *computed, *(None for _ in ctx.options)
+            return None, *_as_tuple(computed), *(None for _ in ctx.options)
 
     class Gradient(torch.autograd.Function):
         @staticmethod
@@ -98,6 +100,11 @@ def _register_autograd(forward_op: torch._ops.OpOverload, backward_op: torch._op
         return below_autograd(keyset, *arguments)
 
     _library.impl(forward_op.name().removeprefix("hflow_fast::"), kernel, "Autograd", with_keyset=True)
+
+
+def _as_tuple(outputs: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """What an op returned, which is a bare tensor where it is one."""
+    return (outputs,) if isinstance(outputs, torch.Tensor) else outputs
 
 
 def register_autocast(op: torch._ops.OpOverload, key: str) -> None:

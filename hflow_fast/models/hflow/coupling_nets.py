@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...ops import active_mask
 from .architecture import StepSpec
-from .layers import EqualConv2d, EqualLinear, downsample, instance_norm, merge_residual, upsample
+from .layers import EqualConv2d, EqualLinear, downsample, instance_norm, upsample
 
 __all__ = ["PlainCouplingNet", "PoolingCouplingNet", "VectorCouplingNet"]
 
@@ -119,13 +119,13 @@ class PoolingCouplingNet(_CouplingNet):
         for block in self.up:
             for _ in range(self.spec.halvings_per_level):
                 x = _double(x)
-            x = merge_residual(block(x), skips.pop())
+            x = block(x, skips.pop())
         scale, shift = self.after(x).chunk(2, dim=1)
         return torch.cat([self.scale(scale), self.shift(shift)], dim=1)
 
 
 class _DenseBlock(nn.Module):
-    """Norm, two convolutions, and a 1-step dense connection around them."""
+    """Norm, two convolutions, and a 1-step dense connection around them; merged with ``residual`` if there is one."""
 
     def __init__(self, channels: int, hidden: int, out_channels: int, kernel: int) -> None:
         super().__init__()
@@ -133,10 +133,10 @@ class _DenseBlock(nn.Module):
         self.second = EqualConv2d(hidden, out_channels, kernel)
         self.merge = EqualConv2d(channels + out_channels, out_channels, kernel, activation="linear")
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if x.shape[1] >= 2:
             x = instance_norm(x)
-        return self.merge(torch.cat([x, self.second(self.first(x))], dim=1))
+        return self.merge(torch.cat([x, self.second(self.first(x))], dim=1), residual)
 
 
 def _halve(x: Tensor) -> Tensor:

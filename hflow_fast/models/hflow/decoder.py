@@ -93,7 +93,7 @@ class _Refinement(nn.Module):
     def forward(self, target: Tensor, skip: Tensor) -> Tensor:
         x = merge_residual(target, self.unet(torch.cat([skip, target], dim=1)))
         x = self.first(x)
-        x = self.last(merge_residual(x, self.second(x)))
+        x = self.last(self.second(x, x))
         return torch.cat([skip, x], dim=1)
 
 
@@ -116,10 +116,10 @@ class _Doubling(nn.Module):
         x = self.input(x)
         if self.normalize:
             x = instance_norm(x)
-        x = upsample(merge_residual(before(x), x))
+        x = upsample(before(x, x))
         x = self._restyle(x, style, 0)
-        x = self._restyle(merge_residual(middle(x), x), style, 1)
-        return merge_residual(after(x), x)
+        x = self._restyle(middle(x, x), style, 1)
+        return after(x, x)
 
     def _restyle(self, x: Tensor, style: Tensor | None, index: int) -> Tensor:
         """Adaptive instance norm (Huang & Belongie, ICCV 2017)."""

@@ -12,12 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ... import ops
+from ...ops import bias_act
+
 __all__ = ["EqualConv2d", "EqualLinear", "downsample", "instance_norm", "merge_residual", "upsample"]
 
 Activation = Literal["leaky_relu", "tanh", "linear"]
 
 LEAKY_SLOPE = 0.1
 NORM_EPSILON = 1e-6
+_MERGE_GAIN = math.sqrt(0.5)
 _LEAKY_GAIN = math.sqrt(2.0 / (1.0 + LEAKY_SLOPE**2))
 _GAIN = {"leaky_relu": _LEAKY_GAIN, "tanh": 5.0 / 3.0, "linear": 1.0}
 
@@ -26,6 +30,11 @@ def _activate(x: Tensor, activation: Activation) -> Tensor:
     if activation == "leaky_relu":
         return F.leaky_relu(x, LEAKY_SLOPE)
     return torch.tanh(x) if activation == "tanh" else x
+
+
+def _convolution_adds_bias(x: Tensor) -> bool:
+    """Whether a bias costs a convolution nothing: oneDNN adds it in place, cuDNN leaves it to another pass."""
+    return x.device.type == "cpu"
 
 
 class _Equalized(nn.Module):
@@ -66,10 +75,20 @@ class EqualConv2d(_Equalized):
         if dead_bias:
             self.bias_scale = 0.0
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.conv2d(x, self.weight * self.weight_scale, self.bias * self.bias_scale,
-                     padding=self.weight.shape[-1] // 2)
-        return _activate(x, self.activation)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The layer's output, merged with ``residual`` (see :func:`merge_residual`) if there is one."""
+        weight, bias, padding = self.weight * self.weight_scale, self.bias * self.bias_scale, self.weight.shape[-1] // 2
+        if _convolution_adds_bias(x):
+            x, bias = F.conv2d(x, weight, bias, padding=padding), None
+            # One pass each, as quick in plain torch.
+            if self.activation == "linear":
+                return x if residual is None else merge_residual(x, residual)
+            if self.activation == "leaky_relu" and residual is None:
+                return F.leaky_relu(x, LEAKY_SLOPE)
+        else:
+            x = F.conv2d(x, weight, padding=padding)
+        gain = 1.0 if residual is None else _MERGE_GAIN
+        return bias_act(x, bias, residual, activation=self.activation, slope=LEAKY_SLOPE, gain=gain)
 
 
 class EqualLinear(_Equalized):
@@ -85,39 +104,21 @@ class EqualLinear(_Equalized):
 
 
 def instance_norm(x: Tensor) -> Tensor:
-    """Zero mean and unit **unbiased** variance over the pixels of each channel; over the channels of a single pixel.
-
-    (x − mean)/√(var + 1e-6). Written with the library's biased norm: for n values, unbiased and biased variance
-    differ by n/(n − 1), which moves into epsilon and a factor outside.
-    """
-    single_pixel = x.shape[-1] == 1
-    count = x.shape[1] if single_pixel else x.shape[-1] * x.shape[-2]
-    ratio = (count - 1) / count
-    if single_pixel:
-        normed = F.layer_norm(x, x.shape[1:], eps=NORM_EPSILON * ratio)
-    else:
-        normed = F.instance_norm(x, eps=NORM_EPSILON * ratio)
-    return normed * math.sqrt(ratio)
+    """Zero mean and unit **unbiased** variance over the pixels of each channel; over the channels of a single pixel."""
+    return ops.instance_norm(x, epsilon=NORM_EPSILON)
 
 
 def merge_residual(x: Tensor, y: Tensor) -> Tensor:
     """(x + y)/√2: the sum of two unit-variance tensors, at unit variance."""
-    return (x + y) * math.sqrt(0.5)
+    return (x + y) * _MERGE_GAIN
 
 
 def downsample(x: Tensor) -> Tensor:
     """Half size by the binomial filter [1, 3, 3, 1]/8 in each direction, edges reflected. H, W even and ≥ 2."""
-    taps = torch.tensor([0.125, 0.375, 0.375, 0.125], dtype=x.dtype, device=x.device)
-    kernel = torch.outer(taps, taps).expand(x.shape[1], 1, 4, 4)
-    return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), kernel, stride=2, groups=x.shape[1])
+    return ops.resample(x)
 
 
 def upsample(x: Tensor) -> Tensor:
-    """Double size by the binomial filter [1, 3, 3, 1]/4 in each direction. H, W ≥ 2.
-
-    Away from the edges this is bilinear interpolation; the original's zero-stuffing and padding repeat the first
-    row and column but reflect the last, which one reflected row and column before interpolation reproduces.
-    """
-    height, width = x.shape[-2:]
-    padded = F.pad(x, (0, 1, 0, 1), mode="reflect")
-    return F.interpolate(padded, scale_factor=2.0, mode="bilinear")[..., : 2 * height, : 2 * width]
+    """Double size by the binomial filter [1, 3, 3, 1]/4 in each direction, as the original's zero-stuffing and padding
+    do: they repeat the first row and column but reflect the last. H, W ≥ 2."""
+    return ops.resample(x, up=True)

@@ -7,7 +7,7 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import EqualConv2d, downsample, instance_norm, merge_residual, upsample
+from .layers import EqualConv2d, downsample, instance_norm, upsample
 
 __all__ = ["UNet"]
 
@@ -42,8 +42,8 @@ class UNet(nn.Module):
             skips.append(x)
             x = _halve(block(self._norm(x)))
         x = self.bottom(x)
-        for block in self.up:
-            x = merge_residual(block(self._norm(_double(x))), skips.pop())
+        for first, second in self.up:
+            x = second(first(self._norm(_double(x))), skips.pop())
         return self.end(x)
 
     def _norm(self, x: Tensor) -> Tensor:
