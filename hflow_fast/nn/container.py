@@ -61,7 +61,7 @@ class FlowStep(nn.Module):
         scale = torch.exp(-self.actnorm.log_scale)
         # W·((x − b)·e^(−s)) as one matrix and one bias
         weight = matrix * scale
-        z, log_det = flow_step(x, self.coupling.raw(x, context), weight, -(weight @ self.actnorm.bias),
+        z, log_det = flow_step(x, self.coupling.raw(x, context), weight, -(weight @ self.actnorm.bias.to(weight.dtype)),
                                self.coupling.spec, inverse=self.coupling.swap_directions)
         return z, log_det + per_sample(log_abs_det - self.actnorm.log_scale.sum(), x)
 
