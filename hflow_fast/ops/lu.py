@@ -8,6 +8,7 @@ import torch
 
 from hflow_fast import _extension, reference
 from hflow_fast._checks import check_matrices, compute_dtype
+from hflow_fast.ops._registration import register_autograd
 
 __all__ = ["lu"]
 
@@ -73,4 +74,4 @@ def _backward(
 
 if _extension.missing_reason() is None:
     torch.library.register_fake("hflow_fast::lu_fwd", _fake)
-    torch.library.register_autograd("hflow_fast::lu_fwd", _backward, setup_context=_setup_context)
+    register_autograd("lu", _backward, _setup_context)
