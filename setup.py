@@ -26,7 +26,7 @@ except ModuleNotFoundError as error:
         "    pip install --no-build-isolation ."
     ) from None
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).resolve().parent  # older setuptools gives a relative path, and ninja runs elsewhere
 TORCH_TARGET = "0x020b000000000000"  # 2.11
 DEFAULT_CUDA_ARCHS = "8.0;8.6;9.0+PTX"  # an empty list crashes the build on a machine without a GPU
 

@@ -41,11 +41,14 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 def check_floating(op: str, **tensors: torch.Tensor) -> None:
+    """Dense tensors of a floating dtype."""
     for name, tensor in tensors.items():
         if tensor.dtype not in _FLOATING:
             raise ValueError(
                 f"hflow_fast.{op}: {name} must be float32, float64, bfloat16 or float16, got {tensor.dtype}"
             )
+        if tensor.layout != torch.strided:
+            raise ValueError(f"hflow_fast.{op}: {name} must be dense (torch.strided), got {tensor.layout}")
 
 
 def check_flow_variable(op: str, x: torch.Tensor) -> None:

@@ -81,7 +81,7 @@ class FlowStep(nn.Module):
         """W·((x − b)·e^(−s)) as one matrix and one bias, and its log|det|."""
         matrix, log_abs_det = self.invconv.matrix_and_log_det()
         weight = matrix * torch.exp(-self.actnorm.log_scale)
-        return weight, -(weight @ self.actnorm.bias), log_abs_det - self.actnorm.log_scale.sum()
+        return weight, -(weight @ self.actnorm.bias.to(weight.dtype)), log_abs_det - self.actnorm.log_scale.sum()
 
     def _to_data(self) -> tuple[Tensor, Tensor, Tensor]:
         """The inverse of that."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._checks import compute_dtype
 from ..ops import haar
 
 __all__ = ["Haar", "Squeeze"]
@@ -30,11 +31,11 @@ class Squeeze(nn.Module):
         if x.dim() != 4 or x.shape[-1] % self.factor or x.shape[-2] % self.factor:
             raise ValueError(f"Squeeze: x has shape {tuple(x.shape)}; it must be (B, C, H, W) with H and W multiples of "
                              f"{self.factor}.")
-        return F.pixel_unshuffle(x, self.factor), x.new_zeros(x.shape[0])
+        return F.pixel_unshuffle(x, self.factor), x.new_zeros(x.shape[0], dtype=compute_dtype(x))
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Latent → data and log|det| (B,). ``context`` is ignored."""
-        return F.pixel_shuffle(z, self.factor), z.new_zeros(z.shape[0])
+        return F.pixel_shuffle(z, self.factor), z.new_zeros(z.shape[0], dtype=compute_dtype(z))
 
     def extra_repr(self) -> str:
         return str(self.factor)

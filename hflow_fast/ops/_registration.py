@@ -11,12 +11,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from hflow_fast import _extension
+from hflow_fast._checks import check_floating
 
-__all__ = ["empty_like_in", "format_of", "register"]
+__all__ = ["empty_like_in", "format_of", "register", "register_autocast", "register_autograd"]
 
 _library = torch.library.Library("hflow_fast", "FRAGMENT")
+_NOT_DENSE = ("SparseCPU", "SparseCUDA", "SparseCsrCPU", "SparseCsrCUDA", "MkldnnCPU", "QuantizedCPU", "QuantizedCUDA")
 
 
 def format_of(x: torch.Tensor) -> torch.memory_format:
@@ -50,19 +53,43 @@ def register(op: str, tensors: int, fake: Callable[..., Any], autocast: bool = T
         gradients = tuple(empty_like_in(tensor, memory_format) for tensor in arguments[:tensors])
         return gradients if tensors > 1 else gradients[0]
 
+    class Gradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> tuple[torch.Tensor, ...]:
+            return backward_op(*arguments)
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: torch.Tensor) -> None:
+            raise RuntimeError(
+                f"hflow_fast.ops.{op} has no second derivative; differentiate hflow_fast.reference.{op} instead"
+            )
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs[:tensors])
+        ctx.options = inputs[tensors:]
+
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        arguments = *ctx.saved_tensors, *gradients, *ctx.options
+        # Gradients are enabled for create_graph=True only.
+        computed = Gradient.apply(*arguments) if torch.is_grad_enabled() else backward_op(*arguments)
+        return *_as_tuple(computed), *(None for _ in ctx.options)
+
     torch.library.register_fake(f"hflow_fast::{op}_fwd", fake)
     torch.library.register_fake(f"hflow_fast::{op}_bwd", fake_backward)
-    _register_autograd(forward_op, backward_op, tensors)
+    register_autograd(op, backward, setup_context)
     for key in ("AutocastCPU", "AutocastCUDA") if autocast else ():
         register_autocast(forward_op, key)
 
 
-def _register_autograd(forward_op: torch._ops.OpOverload, backward_op: torch._ops.OpOverload, tensors: int) -> None:
-    """What torch.library.register_autograd does, without its treatment of default arguments.
+def register_autograd(op: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
+    """What torch.library.register_autograd does for ``<op>_fwd``, without its treatment of default arguments.
 
     That costs time quadratic in the number of a schema's arguments: 40 of 125 µs for a small coupling's forward and
-    backward, and our schemas have no defaults.
+    backward, and our schemas have no defaults. Transforms that this kind of differentiation does not serve are refused
+    by name: forward mode would silently give zero.
     """
+    forward_op = getattr(torch.ops.hflow_fast, f"{op}_fwd").default
+    tensors = sum(isinstance(argument.type, torch.TensorType) for argument in forward_op._schema.arguments)
 
     def below_autograd(keyset: torch._C.DispatchKeySet, *arguments: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
@@ -71,35 +98,33 @@ def _register_autograd(forward_op: torch._ops.OpOverload, backward_op: torch._op
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, keyset: torch._C.DispatchKeySet, *arguments: Any) -> Any:
-            ctx.save_for_backward(*arguments[:tensors])
-            ctx.options = arguments[tensors:]
-            return below_autograd(keyset, *arguments)
+            output = below_autograd(keyset, *arguments)
+            setup_context(ctx, arguments, output)
+            return output
 
         @staticmethod
         def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-            arguments = *ctx.saved_tensors, *gradients, *ctx.options
-            # Gradients are enabled for create_graph=True only.
-            computed = Gradient.apply(*arguments) if torch.is_grad_enabled() else backward_op(*arguments)
-            return None, *_as_tuple(computed), *(None for _ in ctx.options)
-
-    class Gradient(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *arguments: Any) -> tuple[torch.Tensor, ...]:
-            return backward_op(*arguments)
-
-        @staticmethod
-        def backward(ctx: Any, *gradients: torch.Tensor) -> None:
-            name = forward_op.name().removeprefix("hflow_fast::").removesuffix("_fwd")
-            raise RuntimeError(
-                f"hflow_fast.ops.{name} has no second derivative; differentiate hflow_fast.reference.{name} instead"
-            )
+            return None, *_as_tuple(backward(ctx, *gradients))
 
     def kernel(keyset: torch._C.DispatchKeySet, *arguments: Any) -> Any:
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in arguments[:tensors]):
+        inputs = arguments[:tensors]
+        if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+            raise RuntimeError(f"hflow_fast.ops.{op} has no forward-mode derivative (jvp); "
+                               f"differentiate hflow_fast.reference.{op} instead")  # fmt: skip
+        if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+            if torch._C._are_functorch_transforms_active():
+                raise RuntimeError(f"hflow_fast.ops.{op} does not work in torch.func.grad and its relatives; use "
+                                   f"torch.autograd, or differentiate hflow_fast.reference.{op} instead")  # fmt: skip
             return Function.apply(keyset, *arguments)
         return below_autograd(keyset, *arguments)
 
-    _library.impl(forward_op.name().removeprefix("hflow_fast::"), kernel, "Autograd", with_keyset=True)
+    def refuse(*arguments: Any) -> None:
+        check_floating(op, **{a.name: x for a, x in zip(forward_op._schema.arguments, arguments[:tensors])})
+
+    name = forward_op.name().removeprefix("hflow_fast::")
+    _library.impl(name, kernel, "Autograd", with_keyset=True)
+    for key in _NOT_DENSE:
+        _library.impl(name, refuse, key)
 
 
 def _as_tuple(outputs: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

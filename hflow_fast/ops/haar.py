@@ -9,7 +9,7 @@ import torch
 
 from hflow_fast import _extension, reference
 from hflow_fast._checks import check_haar, check_haar_options, compute_dtype
-from hflow_fast.ops._registration import format_of, register_autocast
+from hflow_fast.ops._registration import format_of, register_autocast, register_autograd
 
 __all__ = ["haar"]
 
@@ -96,6 +96,6 @@ def _backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]
 
 if _extension.missing_reason() is None:
     torch.library.register_fake("hflow_fast::haar_fwd", _fake)
-    torch.library.register_autograd("hflow_fast::haar_fwd", _backward, setup_context=_setup_context)
+    register_autograd("haar", _backward, _setup_context)
     for key in ("AutocastCPU", "AutocastCUDA"):
         register_autocast(torch.ops.hflow_fast.haar_fwd.default, key)

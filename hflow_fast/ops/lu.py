@@ -9,6 +9,7 @@ import torch
 
 from hflow_fast import _extension, reference
 from hflow_fast._checks import check_matrices, check_stacks, compute_dtype
+from hflow_fast.ops._registration import register_autograd
 
 __all__ = ["lu", "lu_many"]
 
@@ -125,6 +126,6 @@ def _backward_many(
 
 if _extension.missing_reason() is None:
     torch.library.register_fake("hflow_fast::lu_fwd", _fake)
-    torch.library.register_autograd("hflow_fast::lu_fwd", _backward, setup_context=_setup_context)
+    register_autograd("lu", _backward, _setup_context)
     torch.library.register_fake("hflow_fast::lu_many_fwd", _fake_many)
     torch.library.register_autograd("hflow_fast::lu_many_fwd", _backward_many, setup_context=_setup_context_many)

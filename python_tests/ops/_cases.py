@@ -10,18 +10,37 @@ from hypothesis import strategies as st
 from hflow_fast.ops import CouplingSpec
 
 MEMORY = ("contiguous", "channels_last", "permuted")
+LAYOUTS = (*MEMORY, "sliced", "expanded")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 Function = Callable[..., tuple[torch.Tensor, ...]]
 
 
-def tensor(shape: Sequence[int], dtype: torch.dtype, memory: str, generator: torch.Generator) -> torch.Tensor:
-    """Standard normal values, rounded to ``dtype``; four dimensions are laid out as ``memory`` says."""
-    values = torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype)
-    if len(shape) == 4 and memory == "channels_last":
+def tensor(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    memory: str,
+    generator: torch.Generator,
+    device: str | torch.device = "cpu",
+) -> torch.Tensor:
+    """Standard normal values, rounded to ``dtype`` and laid out as ``memory`` says; four dimensions or any for some."""
+    values = torch.randn(shape, dtype=torch.float64, generator=generator).to(device, dtype)
+    return laid_out(values, memory)
+
+
+def laid_out(values: torch.Tensor, memory: str) -> torch.Tensor:
+    """The values in one of LAYOUTS. Sliced: a part of a larger tensor. Expanded: the first entry in place of each, but
+    for matrices, which would become singular."""
+    if values.dim() == 4 and memory == "channels_last":
         return values.contiguous(memory_format=torch.channels_last)
-    if len(shape) == 4 and memory == "permuted":
+    if values.dim() == 4 and memory == "permuted":
         return values.permute(0, 2, 1, 3).contiguous().permute(0, 2, 1, 3)
+    if memory == "sliced" and values.dim():
+        larger = values.new_full((*values.shape[:-1], 2 * values.shape[-1] + 1), torch.nan)
+        larger[..., 1::2] = values
+        return larger[..., 1::2]
+    if memory == "expanded" and values.dim() not in (0, 2) and values.shape[0]:
+        return values[:1].expand(values.shape)
     return values
 
 
@@ -30,7 +49,10 @@ def run(function: Function, tensors: Sequence[torch.Tensor]) -> list[torch.Tenso
     leaves = [t.detach().requires_grad_() for t in tensors]
     outputs = function(*leaves)
     generator = torch.Generator().manual_seed(1)
-    total = sum((o.double() * torch.randn(o.shape, dtype=torch.float64, generator=generator)).sum() for o in outputs)
+    total = sum(
+        (o.double() * torch.randn(o.shape, dtype=torch.float64, generator=generator).to(o.device)).sum()
+        for o in outputs
+    )
     gradients = torch.autograd.grad(total, leaves, materialize_grads=True)
     return [t.detach() for t in (*outputs, *gradients)]
 
@@ -41,12 +63,12 @@ def assert_accurate(ours: Function, reference: Function, tensors: Sequence[torch
     ``atol`` is for entries of magnitude one; sums of n elements of x may be √n times as far off, as their rounding
     errors walk randomly. Dtypes and shapes must be the reference's.
     """
-    exact = run(reference, [t.double() for t in tensors])
+    exact = run(reference, [t.cpu().double() for t in tensors])
     for number, (a, b, e) in enumerate(zip(run(ours, tensors), run(reference, tensors), exact, strict=True)):
         assert (a.shape, a.dtype) == (b.shape, b.dtype), f"result {number}"
         if a.numel() == 0:
             continue
-        error, allowed = (a.double() - e).abs().max(), (b.double() - e).abs().max()
+        error, allowed = (a.cpu().double() - e).abs().max(), (b.cpu().double() - e).abs().max()
         terms = max(1.0, tensors[0].numel() / e.numel())
         limit = 2 * allowed + atol * terms**0.5 * e.abs().max().clamp(min=1)
         assert error <= limit, f"result {number}: error {error:.3g}, the reference's {allowed:.3g}, limit {limit:.3g}"
@@ -95,10 +117,12 @@ SPECS = st.builds(
 
 
 @st.composite
-def coupling_cases(draw: st.DrawFn) -> tuple[CouplingSpec, tuple[int, ...], int]:
+def coupling_cases(
+    draw: st.DrawFn, channels: st.SearchStrategy[int] = st.integers(1, 9)
+) -> tuple[CouplingSpec, tuple[int, ...], int]:
     """A spec, the shape of an x that it fits, and the number of raw's channels."""
     spec = draw(SPECS)
-    batch, channels = draw(st.integers(1, 3)), draw(st.integers(1, 9))
+    batch, channels = draw(st.integers(1, 3)), draw(channels)
     rank = draw(st.integers(3, 4) if spec.spatial else st.integers(2, 4))
     size = st.one_of(st.integers(1, 12), st.integers(20, 40))
     shape = (batch, channels, *(draw(size) for _ in range(rank - 2)))

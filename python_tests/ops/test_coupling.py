@@ -5,56 +5,25 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from hflow_fast import reference
 from hflow_fast.ops import CouplingSpec, active_mask, coupling
 
-from ._cases import (
-    DTYPES,
-    MEMORY,
-    SCALE_MAPS,
-    assert_accurate,
-    atol_of,
-    coupling_cases,
-    log_det_of_jacobian,
-    run,
-    same_bits_for_any_thread_count,
-    tensor,
-)
+from ._cases import SCALE_MAPS, log_det_of_jacobian, run, tensor
+from ._table import ROWS, Call, every_device
 
 
-def inputs(shape, raw_channels, dtype=torch.float64, raw_dtype=None, memory="contiguous", raw_memory=None, seed=0):
-    generator = torch.Generator().manual_seed(seed)
+def inputs(shape, raw_channels, dtype=torch.float64, memory="contiguous"):
+    generator = torch.Generator().manual_seed(0)
     x = tensor(shape, dtype, memory, generator)
-    raw_shape = (shape[0], raw_channels, *shape[2:])
-    return x, 1.5 * tensor(raw_shape, raw_dtype or dtype, raw_memory or memory, generator)
+    return x, 1.5 * tensor((shape[0], raw_channels, *shape[2:]), dtype, memory, generator)
 
 
-@settings(max_examples=250, deadline=None, derandomize=True)
-@given(
-    coupling_cases(),
-    st.sampled_from(DTYPES),
-    st.sampled_from(MEMORY),
-    st.sampled_from(MEMORY),
-    st.booleans(),
-    st.sampled_from([None, torch.bfloat16]),
-)
-def test_matches_the_reference(case, dtype, memory, raw_memory, inverse, raw_dtype):
-    spec, shape, raw_channels = case
-    tensors = inputs(shape, raw_channels, dtype, raw_dtype, memory, raw_memory)
-    assert_accurate(
-        lambda *t: coupling(*t, spec, inverse=inverse),
-        lambda *t: reference.coupling(*t, spec, inverse=inverse),
-        tensors,
-        atol_of(*tensors),
-    )
-
-
+@every_device
 @pytest.mark.parametrize("memory", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("scale_map", SCALE_MAPS)
-def test_every_combination_in_float64(scale_map, memory):
+@pytest.mark.parametrize("row", [row for row in ROWS if "raw" in row.tensors], ids=lambda row: row.name)
+def test_every_combination_in_float64(row, scale_map, memory, device):
     choices = {
         "layout": ["halves", "interleaved"],
         "shift_first": [False, True],
@@ -66,10 +35,10 @@ def test_every_combination_in_float64(scale_map, memory):
         for raw_channels, inverse in itertools.product(
             {spec.raw_channels(5), spec.raw_channels(spec.active_channels(5))}, (0, 1)
         ):
-            tensors = inputs((2, 5, 6, 13), raw_channels, memory=memory)
-            ours = run(lambda *t: coupling(*t, spec, inverse=bool(inverse)), tensors)
-            theirs = run(lambda *t: reference.coupling(*t, spec, inverse=bool(inverse)), tensors)
-            for a, b in zip(ours, theirs, strict=True):
+            shapes = {"x": (1, 5, 4, 7), "raw": (1, raw_channels, 4, 7), "weight": (5, 5), "bias": (5,)}
+            call = Call(tuple(shapes[name] for name in row.tensors), {"spec": spec, "inverse": bool(inverse)})
+            tensors = row.inputs(call, memory=memory, device=device)
+            for a, b in zip(run(row.function(call), tensors), run(row.reference(call), tensors), strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12, msg=lambda text: f"{spec}: {text}")
 
 
@@ -184,64 +153,6 @@ def test_extreme_values_match_the_reference(scale_map):
         ours, theirs = coupling(x, raw, spec, inverse=inverse), reference.coupling(x, raw, spec, inverse=inverse)
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b, rtol=2e-6, atol=1e-37, equal_nan=True)
-
-
-@pytest.mark.parametrize(
-    "shape", [(0, 4, 4, 4), (2, 0, 4, 4), (2, 4, 0, 4), (0, 4), (1, 1, 1, 1), (1, 2, 1, 1), (2, 1)]
-)
-@pytest.mark.parametrize("active", ["all", "channels", "channels_ceil"])
-def test_empty_and_single(shape, active):
-    spec = CouplingSpec("exp_clip", active=active)
-    for raw_channels in {spec.raw_channels(shape[1]), spec.raw_channels(spec.active_channels(shape[1]))}:
-        tensors = inputs(shape, raw_channels, torch.float32)
-        theirs = run(lambda *t: reference.coupling(*t, spec), tensors)
-        for a, b in zip(run(lambda *t: coupling(*t, spec), tensors), theirs, strict=True):
-            torch.testing.assert_close(a, b)
-
-
-@pytest.mark.parametrize("memory", MEMORY)
-def test_keeps_the_memory_format(memory):
-    x, raw = inputs((2, 3, 4, 5), 6, torch.float32, memory=memory)
-    y, _ = coupling(x, raw)
-    assert y.is_contiguous(memory_format=torch.channels_last if memory == "channels_last" else torch.contiguous_format)
-
-
-@pytest.mark.parametrize("memory", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("shape", [(3, 4, 90, 70), (300, 6, 3, 3)])
-def test_same_bits_for_any_thread_count(shape, memory):
-    spec = CouplingSpec("sigmoid", active="checkerboard")
-    assert same_bits_for_any_thread_count(
-        lambda *t: coupling(*t, spec), inputs(shape, 2 * shape[1], torch.float32, memory=memory)
-    )
-
-
-@pytest.mark.parametrize("memory", MEMORY)
-def test_opcheck(memory):
-    x, raw = (t.requires_grad_() for t in inputs((2, 3, 4, 5), 6, torch.float32, memory=memory))
-    arguments = (*CouplingSpec("exp_clip", active="checkerboard").arguments, True)
-    torch.library.opcheck(torch.ops.hflow_fast.coupling_fwd.default, (x, raw, *arguments))
-    tensors = (x.detach(), raw.detach(), torch.randn(2, 3, 4, 5), torch.randn(2))
-    torch.library.opcheck(torch.ops.hflow_fast.coupling_bwd.default, (*tensors, *arguments))
-
-
-@pytest.mark.parametrize("raw_dtype", [torch.float32, torch.bfloat16])
-def test_flow_variables_stay_float32_under_autocast(raw_dtype):
-    x, raw = inputs((2, 3, 4, 4), 6, torch.bfloat16, raw_dtype)
-    raw.requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16):
-        y, log_det = coupling(x, raw)
-    assert (y.dtype, log_det.dtype) == (torch.float32, torch.float32)
-    (gradient,) = torch.autograd.grad(y.sum() + log_det.sum(), raw)
-    assert gradient.dtype == raw_dtype
-    torch.testing.assert_close(y, coupling(x.float(), raw.float())[0])
-
-
-def test_compiles_to_one_graph():
-    tensors = inputs((2, 3, 4, 4), 6, torch.float32)
-    spec = CouplingSpec("exp_clip", active="rows")
-    compiled = torch.compile(lambda *t: coupling(*t, spec), fullgraph=True, backend="aot_eager")
-    for ours, eager in zip(run(compiled, tensors), run(lambda *t: coupling(*t, spec), tensors), strict=True):
-        torch.testing.assert_close(ours, eager)
 
 
 @pytest.mark.parametrize("function", [coupling, reference.coupling])
