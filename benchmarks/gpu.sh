@@ -61,7 +61,9 @@ else
   say "skipped memcheck: compute-sanitizer is not on PATH"
 fi
 
-step bench 180 "$python" benchmarks/bench_ops.py --device cuda --results "$out"
+step bench 240 "$python" -m hflow_fast bench --device cuda --no-compile --bf16-raw --results "$out" \
+  --plot "$out/ops.png" --markdown "$out/benchmarks.md"
+step bench-compile 240 "$python" -m hflow_fast bench --device cuda --cases 4×3×128 --repeats 20 --results "$out"
 
 if [ ${#failed[@]} -gt 0 ]; then
   say "failed: ${failed[*]}"
