@@ -48,7 +48,7 @@ def conv1x1(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
         return reference.conv1x1(x, weight, bias)
     if bias is None:
         bias = weight.new_zeros(x.shape[1])
-    return torch.ops.hflow_fast.conv1x1_fwd.default(x, weight, bias)
+    return _kernel(x, weight, bias)
 
 
 def _fake(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -58,4 +58,4 @@ def _fake(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Te
     return empty_like_in(x, format_of(x))
 
 
-register("conv1x1", 3, _fake)
+_kernel = register("conv1x1", 3, _fake)

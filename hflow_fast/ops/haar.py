@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 
 from hflow_fast import _extension, reference
 from hflow_fast._checks import check_haar, check_haar_options, compute_dtype
-from hflow_fast.ops._registration import format_of, register_autocast
+from hflow_fast.ops._registration import format_of, register_autocast, register_autograd
 
 __all__ = ["haar"]
 
@@ -69,7 +70,7 @@ def haar(
     gain, average_gain = rebalance, bands**-0.5 if mean else 1.0
     if inverse:
         gain, average_gain = 1 / gain, 1 / average_gain
-    y = torch.ops.hflow_fast.haar_fwd.default(x, levels, order == "colour", gain, average_gain, inverse)
+    y = _kernel(x, levels, order == "colour", gain, average_gain, inverse)
     log_det = levels * math.prod(x.shape[1:]) * (math.log(gain) + math.log(average_gain) / bands)
     return y, x.new_full(x.shape[:1], log_det, dtype=compute_dtype(x))
 
@@ -84,18 +85,22 @@ def _fake(
     return torch.empty((x.shape[0], channels, *spatial), dtype=x.dtype, device=x.device, memory_format=format_of(x))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    ctx.options = inputs[1:]
+class _Function(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, kernel: Callable[..., Any], options: tuple[Any, ...], x: torch.Tensor) -> torch.Tensor:
+        ctx.options = options
+        return kernel(x, *options)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        # The adjoint has the same gains; only the exact inverse of an unbalanced transform divides by them.
+        *options, inverse = ctx.options
+        return None, None, _kernel(grad_y, *options, not inverse)
 
 
-def _backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    # The adjoint has the same gains; only the exact inverse of an unbalanced transform divides by them.
-    *options, inverse = ctx.options
-    return torch.ops.hflow_fast.haar_fwd.default(grad_y, *options, not inverse), *(None for _ in ctx.options)
-
-
+_kernel = None
 if _extension.missing_reason() is None:
     torch.library.register_fake("hflow_fast::haar_fwd", _fake)
-    torch.library.register_autograd("hflow_fast::haar_fwd", _backward, setup_context=_setup_context)
+    _kernel = register_autograd(torch.ops.hflow_fast.haar_fwd.default, _Function, 1)
     for key in ("AutocastCPU", "AutocastCUDA"):
         register_autocast(torch.ops.hflow_fast.haar_fwd.default, key)

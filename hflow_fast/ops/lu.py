@@ -2,12 +2,14 @@ r"""Log-determinants and inverses of many small matrices."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from hflow_fast import _extension, reference
 from hflow_fast._checks import check_matrices, compute_dtype
+from hflow_fast.ops._registration import register_autograd
 
 __all__ = ["lu"]
 
@@ -42,7 +44,7 @@ def lu(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     if weight.dim() < 2 or weight.shape[-1] > _KERNEL_SIZE or not _extension.has_kernel("lu", weight.device):
         return reference.lu(weight)
-    return torch.ops.hflow_fast.lu_fwd.default(weight)
+    return _kernel(weight)
 
 
 def _fake(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -51,26 +53,33 @@ def _fake(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return weight.new_empty(weight.shape[:-2], dtype=dtype), weight.new_empty(weight.shape, dtype=dtype)
 
 
-def _setup_context(ctx: Any, inputs: tuple[torch.Tensor], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    ctx.save_for_backward(output[1])
-    ctx.dtype = inputs[0].dtype
-    ctx.set_materialize_grads(False)
+class _Function(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, kernel: Callable[..., Any], options: tuple[()], weight: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        log_abs_det, inverse = kernel(weight)
+        ctx.save_for_backward(inverse)
+        ctx.dtype = weight.dtype
+        ctx.set_materialize_grads(False)
+        return log_abs_det, inverse
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_log_abs_det: torch.Tensor | None, grad_inverse: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
+        # Plain torch operations on a differentiable output: second derivatives come for free.
+        transposed = ctx.saved_tensors[0].mT
+        terms = []
+        with torch.autocast(transposed.device.type, enabled=False):
+            if grad_log_abs_det is not None:
+                terms.append(grad_log_abs_det[..., None, None] * transposed)
+            if grad_inverse is not None:
+                terms.append(-(transposed @ grad_inverse @ transposed))
+        return None, None, sum(terms).to(ctx.dtype) if terms else None
 
 
-def _backward(
-    ctx: Any, grad_log_abs_det: torch.Tensor | None, grad_inverse: torch.Tensor | None
-) -> torch.Tensor | None:
-    # Plain torch operations on a differentiable output: second derivatives come for free.
-    transposed = ctx.saved_tensors[0].mT
-    terms = []
-    with torch.autocast(transposed.device.type, enabled=False):
-        if grad_log_abs_det is not None:
-            terms.append(grad_log_abs_det[..., None, None] * transposed)
-        if grad_inverse is not None:
-            terms.append(-(transposed @ grad_inverse @ transposed))
-    return sum(terms).to(ctx.dtype) if terms else None
-
-
+_kernel = None
 if _extension.missing_reason() is None:
     torch.library.register_fake("hflow_fast::lu_fwd", _fake)
-    torch.library.register_autograd("hflow_fast::lu_fwd", _backward, setup_context=_setup_context)
+    _kernel = register_autograd(torch.ops.hflow_fast.lu_fwd.default, _Function, 1)
