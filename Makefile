@@ -2,7 +2,7 @@
 #   make test        all tests
 #   make demo        train a small model on real images: runs/demo/
 #   make cuda-check  compile every CUDA kernel, without a GPU
-#   make bench       our ops beside plain PyTorch
+#   make bench       our ops beside plain PyTorch and torch.compile: benchmarks/results, docs/benchmarks.md
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -45,4 +45,4 @@ cuda-check: $(VENV)/install.stamp
 	$(BIN)/python scripts/cuda_check.py
 
 bench: $(VENV)/install.stamp
-	$(BIN)/python benchmarks/bench_ops.py
+	$(BIN)/python -m hflow_fast bench --device cpu --plot --markdown

@@ -52,7 +52,9 @@ fi
 
 step pytest 240 "$python" -m pytest -q -m cuda python_tests
 
-step bench 180 "$python" benchmarks/bench_ops.py --device cuda --results "$out"
+step bench 240 "$python" -m hflow_fast bench --device cuda --no-compile --bf16-raw --results "$out" \
+  --plot "$out/ops.png" --markdown "$out/benchmarks.md"
+step bench-compile 240 "$python" -m hflow_fast bench --device cuda --cases 4×3×128 --repeats 20 --results "$out"
 
 if command -v compute-sanitizer > /dev/null; then
   for tool in memcheck racecheck initcheck; do

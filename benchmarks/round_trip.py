@@ -12,20 +12,19 @@ from __future__ import annotations
 
 import argparse
 import csv
-import datetime
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from _harness import commit, device_name
 from torch import Tensor, nn
 
-import hflow_fast
 from hflow_fast import reference
+from hflow_fast.bench.results import provenance
 from hflow_fast.nn import CouplingSpec, FlowStep, Sequential
 
+RESULTS = Path(__file__).parent / "results" / "accuracy"
 FLOWS = {
     "HFlow": dict(
         channels=4, parametrization="full", swap_directions=True,
@@ -118,13 +117,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", help="folder of the CSV file")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV file")
     parser.add_argument("--dry-run", action="store_true", help="print only")
     options = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    where = [device_name(options.device), torch.__version__, hflow_fast.__version__, commit(), now]
-    print(f"{where[0]}, torch {where[1]}, {options.steps} steps, {options.seeds} seeds")
+    where = provenance(options.device)
+    print(f"{where['device']}, torch {where['torch']}, {options.steps} steps, {options.seeds} seeds")
     print(f"{'flow':<6} {'direction':<23} {'ours':>9} {'plain torch':>12} {'ratio (range)':>21}")
     rows = []
     for name in FLOWS:
@@ -132,7 +130,7 @@ def main() -> None:
             ours, plain, ratio, low, high = row
             print(f"{name:<6} {direction:<23} {ours:9.2e} {plain:12.2e} {ratio:8.2f} ({low:.2f}–{high:.2f})")
             numbers = [f"{ours:.3e}", f"{plain:.3e}", *(f"{value:.3f}" for value in (ratio, low, high))]
-            rows.append([name, direction, options.steps, options.seeds, *numbers, *where])
+            rows.append([name, direction, options.steps, options.seeds, *numbers, *where.values()])
     if not options.dry_run:
         path = options.results / "round_trip.csv"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -140,8 +138,8 @@ def main() -> None:
         with path.open("a", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             if new:
-                writer.writerow(["flow", "direction", "steps", "seeds", "ours", "torch", "ratio", "ratio_min",
-                                 "ratio_max", "device", "torch_version", "hflow_fast", "commit", "date"])  # fmt: skip
+                writer.writerow(["flow", "direction", "steps", "seeds", "ours", "plain", "ratio", "ratio_min",
+                                 "ratio_max", *where])  # fmt: skip
             writer.writerows(rows)
 
 

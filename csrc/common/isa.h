@@ -70,4 +70,14 @@ inline void run_leaf(Args... args) {
   run_baseline<Leaf, Args...>(args...);
 }
 
+// Leaf<B>::run(args...) with B, the bytes of a vector register, where a leaf needs to know.
+template <template <int> class Leaf, class... Args>
+inline void run_wide_leaf(Args... args) {
+#if defined(__x86_64__)
+  if (isa() == Isa::avx512) return run_avx512<Leaf<64>, Args...>(args...);
+  if (isa() == Isa::avx2) return run_avx2<Leaf<32>, Args...>(args...);
+#endif
+  run_baseline<Leaf<16>, Args...>(args...);
+}
+
 }  // namespace hflow

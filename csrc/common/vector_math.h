@@ -25,7 +25,8 @@ template <>
 struct Traits<float> {
   using Int = int32_t;
   static constexpr int mantissa = 23, bias = 127;
-  static constexpr int exp_degree = 7, log_degree = 5, atan_degree = 9;    // Taylor remainder below half an ulp
+  static constexpr int exp_degree = 7, log_degree = 5;     // Taylor remainders below half an ulp
+  static constexpr int log1p_degree = 7, atan_degree = 9;
   static constexpr float round_magic = 12582912.0f;                        // 1.5·2²³: adding it rounds to an integer
   static constexpr float exp_low = -104.0f, exp_high = 89.0f;              // beyond: 0 and inf
   static constexpr float ln2_hi = 0.693359375f, ln2_lo = -2.12194440e-4f;  // n·ln2_hi is exact
@@ -35,7 +36,8 @@ template <>
 struct Traits<double> {
   using Int = int64_t;
   static constexpr int mantissa = 52, bias = 1023;
-  static constexpr int exp_degree = 13, log_degree = 11, atan_degree = 20;
+  static constexpr int exp_degree = 13, log_degree = 11;
+  static constexpr int log1p_degree = 16, atan_degree = 20;
   static constexpr double round_magic = 6755399441055744.0;
   static constexpr double exp_low = -746.0, exp_high = 710.0;
   static constexpr double ln2_hi = 0.693147180369123816490, ln2_lo = 1.90821492927058770002e-10;
@@ -49,10 +51,11 @@ HFLOW_HD To bits(From from) {
   return to;
 }
 
-// NaN stays NaN in x, as in torch.clamp.
+// NaN stays NaN in x, as in torch.clamp. In two steps, each is one instruction: max and min that keep the second operand.
 template <class T>
 HFLOW_HD T clamp(T x, T low, T high) {
-  return x < low ? low : (x > high ? high : x);
+  const T above = x < low ? low : x;
+  return above > high ? high : above;
 }
 
 // c(K) + z·(c(K+1) + z·(… c(N))), unrolled at compile time.
@@ -151,20 +154,22 @@ HFLOW_HD T log(T x) {
 #endif
 }
 
-// log(1 + x) for x ≥ 0; the rounding error of 1 + x is put back.
+// log(1 + x) for 0 ≤ x ≤ 1: 2·atanh(x / (2 + x)), whose argument is at most 1/3.
 template <class T>
 HFLOW_HD T log1p(T x) {
 #if defined(__CUDA_ARCH__)
   return ::log1p(x);
 #else
-  const T u = T(1) + x;
-  return log(u) + (x - (u - T(1))) / u;
+  const T f = x / (x + T(2));
+  const T z = f * f;
+  // 2f = x − f·x exactly: keeping x outside preserves its last bits.
+  return x - f * (x - T(2) * (z * polynomial<1, Traits<T>::log1p_degree>(z, InverseOdd{})));
 #endif
 }
 
 template <class T>
 HFLOW_HD T abs(T x) {
-  return x < T(0) ? -x : x;
+  return std::fabs(x);
 }
 
 template <class T>

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
+#include <cstring>
 #include <numeric>
 #include <tuple>
 #include <vector>
@@ -58,16 +59,48 @@ struct PatternForward {
   }
 };
 
-// grad_x, and the products whose sums give the gradients of scale and bias.
+// grad_x, and the sums that give the gradients of scale and bias, in one pass: two vectors of lanes each, added up when
+// the tile ends.
 template <class T>
 struct RowBackward {
-  HFLOW_LEAF void run(const T* x, const T* grad_y, T* grad_x, T* product, int64_t n, T scale, T center) {
-#pragma GCC ivdep
-    for (int64_t i = 0; i < n; ++i) {
-      product[i] = grad_y[i] * (x[i] - center);
-      grad_x[i] = grad_y[i] * scale;
+  template <int Bytes>
+  struct Wide {
+    typedef T Vector __attribute__((vector_size(Bytes)));
+    static constexpr int kWidth = Bytes / sizeof(T);
+
+    HFLOW_LEAF void run(const T* x, const T* grad_y, T* grad_x, int64_t n, T scale, T center, double* grad_sum,
+                        double* product_sum) {
+      Vector grads[2] = {}, products[2] = {};
+      int64_t i = 0;
+      for (; i + 2 * kWidth <= n; i += 2 * kWidth) {
+#pragma GCC unroll 2
+        for (int v = 0; v < 2; ++v) {
+          Vector g, in;
+          std::memcpy(&g, grad_y + i + v * kWidth, Bytes);
+          std::memcpy(&in, x + i + v * kWidth, Bytes);
+          grads[v] += g;
+          products[v] += g * (in - center);
+          const Vector out = g * scale;
+          std::memcpy(grad_x + i + v * kWidth, &out, Bytes);
+        }
+      }
+      T tail_grad = 0, tail_product = 0;
+      for (; i < n; ++i) {
+        tail_grad += grad_y[i];
+        tail_product += grad_y[i] * (x[i] - center);
+        grad_x[i] = grad_y[i] * scale;
+      }
+      *grad_sum += lanes_of(grads[0] + grads[1]) + tail_grad;
+      *product_sum += lanes_of(products[0] + products[1]) + tail_product;
     }
-  }
+
+   private:
+    HFLOW_LEAF double lanes_of(const Vector& vector) {
+      double total = 0;
+      for (int j = 0; j < kWidth; ++j) total += static_cast<double>(vector[j]);
+      return total;
+    }
+  };
 };
 
 template <class T>
@@ -119,14 +152,12 @@ ChannelSums backward(const ChannelPlan& plan, const ChannelAffine<T>& affine, Me
     const int64_t units = plan.row_units();
     std::vector<double> partial(2 * units);
     parallel_units(units, std::min(plan.run, kChunk), [&](int64_t unit) {
-      alignas(64) T in[kTile], grad[kTile], out[kTile], product[kTile];
+      alignas(64) T in[kTile], grad[kTile], out[kTile];
       plan.for_row_tiles(unit, [&](int64_t c, int64_t offset, int64_t n) {
-        const T* g = load(grad_y, offset, n, grad);
-        run_leaf<RowBackward<T>>(load(x, offset, n, in), g, target(grad_x, offset, out), product, n, affine.scale[c],
-                                 affine.center[c]);
+        run_wide_leaf<RowBackward<T>::template Wide>(load(x, offset, n, in), load(grad_y, offset, n, grad),
+                                                     target(grad_x, offset, out), n, affine.scale[c], affine.center[c],
+                                                     &partial[2 * unit], &partial[2 * unit + 1]);
         store(out, grad_x, offset, n);
-        partial[2 * unit] += sum(g, n);
-        partial[2 * unit + 1] += sum(product, n);
       });
     });
     for (int64_t unit = 0; unit < units; ++unit) {

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 #include <numeric>
 #include <vector>
 
@@ -20,101 +21,163 @@ inline constexpr int64_t kGroupPixels =
     2048;  // enough work beside folding a group's partial sums of the weight gradient
 inline constexpr int64_t kMaxGroups = 64;
 
-// O output rows: out[o] = Σ_g w[o][g]·x[g] over G input rows, plus `start` or what out already holds.
-template <int O, int G, bool Start, class T>
-HFLOW_LEAF void add_rows(const T* __restrict x, int64_t x_stride, const T* w, int64_t w_stride, const T* start,
-                         T* __restrict out, int64_t out_stride, int64_t n) {
-  for (int64_t p = 0; p < n; ++p) {
-    T value[O];
-    for (int o = 0; o < O; ++o) value[o] = Start ? start[o] : out[o * out_stride + p];
-    for (int g = 0; g < G; ++g)
-      for (int o = 0; o < O; ++o) value[o] += w[o * w_stride + g] * x[g * x_stride + p];
-    for (int o = 0; o < O; ++o) out[o * out_stride + p] = value[o];
-  }
-}
-
-// y = W x + b for a tile; weight and bias may be a transposed matrix and zeros (backward).
+// A matrix product in registers: y = W x + b for a tile, where weight and bias may be a transposed matrix and zeros
+// (backward). A block of up to 6 output rows by two vectors of pixels stays in registers over all input rows: 12 sums,
+// which hide the latency of multiply-add, beside two vectors of x and one weight, fill the 16 registers of AVX2.
 template <class T>
 struct Mix {
-  template <int O, bool Start>
-  HFLOW_LEAF int64_t add_up_to_four(int64_t rows, const T* x, int64_t x_stride, const T* w, int64_t w_stride,
-                                    const T* start, T* out, int64_t out_stride, int64_t n) {
-    switch (rows) {
-      case 1: add_rows<O, 1, Start>(x, x_stride, w, w_stride, start, out, out_stride, n); return 1;
-      case 2: add_rows<O, 2, Start>(x, x_stride, w, w_stride, start, out, out_stride, n); return 2;
-      case 3: add_rows<O, 3, Start>(x, x_stride, w, w_stride, start, out, out_stride, n); return 3;
-      default: add_rows<O, 4, Start>(x, x_stride, w, w_stride, start, out, out_stride, n); return 4;
+  static constexpr int kRows = 6;
+
+  template <int Bytes>
+  struct Wide {
+    typedef T Vector __attribute__((vector_size(Bytes)));
+    static constexpr int64_t kWidth = Bytes / sizeof(T);
+
+    // O output rows × Count vectors V of pixels.
+    template <int O, int Count, class V>
+    HFLOW_LEAF void block(const T* x, int64_t x_stride, const T* w, const T* bias, int64_t channels, T* y,
+                          int64_t y_stride) {
+      V sums[O][Count];
+#pragma GCC unroll 6
+      for (int o = 0; o < O; ++o)
+#pragma GCC unroll 2
+        for (int v = 0; v < Count; ++v) sums[o][v] = V{} + bias[o];
+      for (int64_t c = 0; c < channels; ++c, x += x_stride) {
+        V in[Count];
+#pragma GCC unroll 2
+        for (int v = 0; v < Count; ++v) std::memcpy(&in[v], x + v * (sizeof(V) / sizeof(T)), sizeof(V));
+#pragma GCC unroll 6
+        for (int o = 0; o < O; ++o)
+#pragma GCC unroll 2
+          for (int v = 0; v < Count; ++v) sums[o][v] += w[o * channels + c] * in[v];
+      }
+#pragma GCC unroll 6
+      for (int o = 0; o < O; ++o)
+#pragma GCC unroll 2
+        for (int v = 0; v < Count; ++v)
+          std::memcpy(y + o * y_stride + v * (sizeof(V) / sizeof(T)), &sums[o][v], sizeof(V));
     }
-  }
 
-  template <int O>
-  HFLOW_LEAF void outputs(const T* x, int64_t x_stride, const T* w, const T* bias, int64_t channels, T* y,
-                          int64_t y_stride, int64_t n) {
-    int64_t c = add_up_to_four<O, true>(channels, x, x_stride, w, channels, bias, y, y_stride, n);
-    while (c < channels)
-      c += add_up_to_four<O, false>(channels - c, x + c * x_stride, x_stride, w + c, channels, bias, y, y_stride, n);
-  }
+    template <int O>
+    HFLOW_LEAF void rows(const T* x, int64_t x_stride, const T* w, const T* bias, int64_t channels, T* y,
+                         int64_t y_stride, int64_t n) {
+      int64_t p = 0;
+      for (; p + 2 * kWidth <= n; p += 2 * kWidth)
+        block<O, 2, Vector>(x + p, x_stride, w, bias, channels, y + p, y_stride);
+      for (; p + kWidth <= n; p += kWidth)
+        block<O, 1, Vector>(x + p, x_stride, w, bias, channels, y + p, y_stride);
+      for (; p < n; ++p) block<O, 1, T>(x + p, x_stride, w, bias, channels, y + p, y_stride);
+    }
 
-  HFLOW_LEAF void run(const T* x, int64_t x_stride, T* y, int64_t y_stride, int64_t n, int64_t channels,
-                      const T* weight, const T* bias) {
-    int64_t o = 0;
-    for (; o + 2 <= channels; o += 2)
-      outputs<2>(x, x_stride, weight + o * channels, bias + o, channels, y + o * y_stride, y_stride, n);
-    if (o < channels) outputs<1>(x, x_stride, weight + o * channels, bias + o, channels, y + o * y_stride, y_stride, n);
-  }
+    HFLOW_LEAF void run(const T* x, int64_t x_stride, T* y, int64_t y_stride, int64_t n, int64_t channels,
+                        const T* weight, const T* bias) {
+      const int64_t blocks = (channels + kRows - 1) / kRows;  // of nearly the same size
+      for (int64_t b = 0; b < blocks; ++b) {
+        const int64_t o = b * channels / blocks, count = (b + 1) * channels / blocks - o;
+        const T *w = weight + o * channels, *start = bias + o;
+        T* out = y + o * y_stride;
+        switch (count) {
+          case 1: rows<1>(x, x_stride, w, start, channels, out, y_stride, n); break;
+          case 2: rows<2>(x, x_stride, w, start, channels, out, y_stride, n); break;
+          case 3: rows<3>(x, x_stride, w, start, channels, out, y_stride, n); break;
+          case 4: rows<4>(x, x_stride, w, start, channels, out, y_stride, n); break;
+          case 5: rows<5>(x, x_stride, w, start, channels, out, y_stride, n); break;
+          default: rows<6>(x, x_stride, w, start, channels, out, y_stride, n);
+        }
+      }
+    }
+  };
 };
 
-// Sums over pixels stay sums of every 16th pixel until their group of tiles ends: such loops vectorise without
-// reassociation.
+// Sums over pixels stay sums of every 16th pixel, or every 8th or 4th where vectors are shorter, until their group of
+// tiles ends: such loops vectorise without reassociation.
 inline constexpr int64_t kLanes = 16;
 
-// sums[o][c] += Σ g[o]·x[c] over a tile's pixels, lane by lane; then sums[channels][o] += Σ g[o].
+// sums[o][c] += Σ g[o]·x[c] over a tile's pixels, lane by lane; then sums[channels][o] += Σ g[o]. Products of up to
+// 4 × 3 rows stay in registers over all pixels: 12 sums, beside at most 4 vectors of rows.
 template <class T>
 struct OuterProduct {
-  // Four products share one read of g. Each a, b, … is a register: arrays of arrays would stay in memory.
-  HFLOW_LEAF void add_four(const T* g, const T* const (&x)[4], int64_t n, T* const (&sums)[4]) {
-    T a[kLanes], b[kLanes], c[kLanes], d[kLanes];
-    for (int j = 0; j < kLanes; ++j) a[j] = sums[0][j], b[j] = sums[1][j], c[j] = sums[2][j], d[j] = sums[3][j];
-    const T *xa = x[0], *xb = x[1], *xc = x[2], *xd = x[3];
-    int64_t p = 0;
-    for (; p + kLanes <= n; p += kLanes) {
-      for (int j = 0; j < kLanes; ++j) {
-        const T value = g[p + j];
-        a[j] += value * xa[p + j], b[j] += value * xb[p + j], c[j] += value * xc[p + j], d[j] += value * xd[p + j];
-      }
-    }
-    for (int j = 0; p < n; ++p, ++j)
-      a[j] += g[p] * xa[p], b[j] += g[p] * xb[p], c[j] += g[p] * xc[p], d[j] += g[p] * xd[p];
-    for (int j = 0; j < kLanes; ++j) sums[0][j] = a[j], sums[1][j] = b[j], sums[2][j] = c[j], sums[3][j] = d[j];
-  }
+  static constexpr int kRows = 4, kColumns = 3;
 
-  HFLOW_LEAF void add(const T* g, int64_t n, T* sums) {
-    T a[kLanes];
-    for (int j = 0; j < kLanes; ++j) a[j] = sums[j];
-    int64_t p = 0;
-    for (; p + kLanes <= n; p += kLanes)
-      for (int j = 0; j < kLanes; ++j) a[j] += g[p + j];
-    for (int j = 0; p < n; ++p, ++j) a[j] += g[p];
-    for (int j = 0; j < kLanes; ++j) sums[j] = a[j];
-  }
+  template <int Bytes>
+  struct Wide {
+    typedef T Vector __attribute__((vector_size(Bytes)));
+    static constexpr int64_t kWidth = Bytes / sizeof(T);
+    static_assert(kWidth <= kLanes);
 
-  HFLOW_LEAF void run(const T* g, int64_t g_stride, const T* x, int64_t x_stride, int64_t n, int64_t channels,
-                      T* sums) {
-    T discarded[kLanes] = {};
-    for (int64_t o = 0; o < channels; ++o) {
-      for (int64_t c = 0; c < channels; c += 4) {
-        // Past the last channel, the last one again: computed and not kept.
-        const T* rows[4];
-        T* into[4];
-        for (int64_t i = 0; i < 4; ++i) {
-          rows[i] = x + std::min(c + i, channels - 1) * x_stride;
-          into[i] = c + i < channels ? sums + (o * channels + c + i) * kLanes : discarded;
+    template <int O, int C>
+    HFLOW_LEAF void block(const T* g, int64_t g_stride, const T* x, int64_t x_stride, int64_t n, int64_t channels,
+                          T* sums) {
+      Vector total[O][C];
+#pragma GCC unroll 4
+      for (int o = 0; o < O; ++o)
+#pragma GCC unroll 3
+        for (int c = 0; c < C; ++c) std::memcpy(&total[o][c], sums + (o * channels + c) * kLanes, Bytes);
+      int64_t p = 0;
+      for (; p + kWidth <= n; p += kWidth) {
+        Vector in[C];
+#pragma GCC unroll 3
+        for (int c = 0; c < C; ++c) std::memcpy(&in[c], x + c * x_stride + p, Bytes);
+#pragma GCC unroll 4
+        for (int o = 0; o < O; ++o) {
+          Vector gradient;
+          std::memcpy(&gradient, g + o * g_stride + p, Bytes);
+#pragma GCC unroll 3
+          for (int c = 0; c < C; ++c) total[o][c] += gradient * in[c];
         }
-        add_four(g + o * g_stride, rows, n, into);
       }
-      add(g + o * g_stride, n, sums + (channels * channels + o) * kLanes);
+#pragma GCC unroll 4
+      for (int o = 0; o < O; ++o)
+#pragma GCC unroll 3
+        for (int c = 0; c < C; ++c) std::memcpy(sums + (o * channels + c) * kLanes, &total[o][c], Bytes);
+      for (int j = 0; p < n; ++p, ++j)
+        for (int o = 0; o < O; ++o)
+          for (int c = 0; c < C; ++c) sums[(o * channels + c) * kLanes + j] += g[o * g_stride + p] * x[c * x_stride + p];
     }
-  }
+
+    template <int O>
+    HFLOW_LEAF void rows(const T* g, int64_t g_stride, const T* x, int64_t x_stride, int64_t n, int64_t channels,
+                         T* sums) {
+      const int64_t blocks = (channels + kColumns - 1) / kColumns;
+      for (int64_t b = 0; b < blocks; ++b) {
+        const int64_t c = b * channels / blocks;
+        const T* columns = x + c * x_stride;
+        T* into = sums + c * kLanes;
+        switch ((b + 1) * channels / blocks - c) {
+          case 1: block<O, 1>(g, g_stride, columns, x_stride, n, channels, into); break;
+          case 2: block<O, 2>(g, g_stride, columns, x_stride, n, channels, into); break;
+          default: block<O, 3>(g, g_stride, columns, x_stride, n, channels, into);
+        }
+      }
+    }
+
+    HFLOW_LEAF void add(const T* g, int64_t n, T* sums) {
+      T total[kLanes];
+      for (int j = 0; j < kLanes; ++j) total[j] = sums[j];
+      int64_t p = 0;
+      for (; p + kLanes <= n; p += kLanes)
+        for (int j = 0; j < kLanes; ++j) total[j] += g[p + j];
+      for (int j = 0; p < n; ++p, ++j) total[j] += g[p];
+      for (int j = 0; j < kLanes; ++j) sums[j] = total[j];
+    }
+
+    HFLOW_LEAF void run(const T* g, int64_t g_stride, const T* x, int64_t x_stride, int64_t n, int64_t channels,
+                        T* sums) {
+      const int64_t blocks = (channels + kRows - 1) / kRows;
+      for (int64_t b = 0; b < blocks; ++b) {
+        const int64_t o = b * channels / blocks;
+        const T* gradients = g + o * g_stride;
+        T* into = sums + o * channels * kLanes;
+        switch ((b + 1) * channels / blocks - o) {
+          case 1: rows<1>(gradients, g_stride, x, x_stride, n, channels, into); break;
+          case 2: rows<2>(gradients, g_stride, x, x_stride, n, channels, into); break;
+          case 3: rows<3>(gradients, g_stride, x, x_stride, n, channels, into); break;
+          default: rows<4>(gradients, g_stride, x, x_stride, n, channels, into);
+        }
+      }
+      for (int64_t o = 0; o < channels; ++o) add(g + o * g_stride, n, sums + (channels * channels + o) * kLanes);
+    }
+  };
 };
 
 // How memory splits into tiles of about `elements`: `samples` blocks of `pixels`, with the strides between channels and

@@ -3,6 +3,7 @@
 // Threads: rows of blocks of some channels. Bytes: one read and one write of x for any number of levels. Splitting all
 // bands at every level makes the transform of a block a Walsh–Hadamard transform of its n = 2^(levels·dims) pixels:
 // slot k of the n is a position before it and a band after it, so it runs in place on n rows of neighbouring blocks.
+// The commonest case, one level of contiguous float images, needs no buffer in between.
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
@@ -17,8 +18,9 @@
 namespace hflow {
 namespace {
 
-constexpr int64_t kTileElements = 4096;  // of a unit's buffer, which stays in L1
-constexpr int64_t kPlanes = 4;           // that a unit reads or writes at once where every channel is a plane
+constexpr int64_t kTileElements = 4096;   // of a unit's buffer, which stays in L1
+constexpr int64_t kUnitElements = 16384;  // of a unit without a buffer
+constexpr int64_t kPlanes = 4;            // that a unit reads or writes at once where every channel is a plane
 
 // In-place Walsh–Hadamard transform across n rows (a power of two), scaled after it, or before it if `inverse`.
 template <class T>
@@ -42,6 +44,51 @@ struct WalshHadamard {
       for (int64_t k = 0; k < n; k += 2 * half)
         for (int64_t j = k; j < k + half; ++j) butterfly(rows + j * length, rows + (j + half) * length, length);
     if (!inverse) scale(rows, n, length, gains);
+  }
+};
+
+// One level of a contiguous image: `rows` rows of 2 × 2 blocks and the four planes of their bands, without a buffer.
+template <class T>
+struct Blocks {
+  HFLOW_LEAF void forward(const T* image, T* bands, int64_t band, int64_t rows, int64_t blocks, T average, T gain) {
+    for (int64_t i = 0; i < rows; ++i, image += 4 * blocks, bands += blocks) {
+      const T *top = image, *bottom = image + 2 * blocks;
+      T *b0 = bands, *b1 = b0 + band, *b2 = b1 + band, *b3 = b2 + band;
+#pragma GCC ivdep
+      for (int64_t j = 0; j < blocks; ++j) {
+        const T top_sum = top[2 * j] + top[2 * j + 1], top_difference = top[2 * j] - top[2 * j + 1];
+        const T sum = bottom[2 * j] + bottom[2 * j + 1], difference = bottom[2 * j] - bottom[2 * j + 1];
+        b0[j] = (top_sum + sum) * average;
+        b1[j] = (top_difference + difference) * gain;
+        b2[j] = (top_sum - sum) * gain;
+        b3[j] = (top_difference - difference) * gain;
+      }
+    }
+  }
+
+  HFLOW_LEAF void inverse(const T* bands, T* image, int64_t band, int64_t rows, int64_t blocks, T average, T gain) {
+    for (int64_t i = 0; i < rows; ++i, image += 4 * blocks, bands += blocks) {
+      T *top = image, *bottom = image + 2 * blocks;
+      const T *b0 = bands, *b1 = b0 + band, *b2 = b1 + band, *b3 = b2 + band;
+#pragma GCC ivdep
+      for (int64_t j = 0; j < blocks; ++j) {
+        const T plus = b0[j] * average + b1[j] * gain, minus = b0[j] * average - b1[j] * gain;
+        const T sum = (b2[j] + b3[j]) * gain, difference = (b2[j] - b3[j]) * gain;
+        top[2 * j] = plus + sum;
+        top[2 * j + 1] = minus + difference;
+        bottom[2 * j] = plus - sum;
+        bottom[2 * j + 1] = minus - difference;
+      }
+    }
+  }
+
+  HFLOW_LEAF void run(T* image, T* bands, int64_t band, int64_t rows, int64_t blocks, T average, T gain,
+                      bool inverted) {
+    if (inverted) {
+      inverse(bands, image, band, rows, blocks, average, gain);
+    } else {
+      forward(image, bands, band, rows, blocks, average, gain);
+    }
   }
 };
 
@@ -145,6 +192,23 @@ void transform(const Slots& slots, const Side& from, const Side& to, const Tenso
   });
 }
 
+// One level of contiguous images of dtype T. A unit of work is some rows of blocks of one colour, or some colours.
+template <class T>
+void transform_planes(const Side& image, const Side& bands, const Tensor& y, const std::vector<T>& gains,
+                      bool inverse) {
+  const int64_t height = y.size(2), blocks = y.size(3), colours = y.size(1) / 4;
+  const int64_t rows = std::min(height, std::max<int64_t>(1, kUnitElements / (4 * blocks)));
+  const int64_t pieces = (height + rows - 1) / rows;
+  T *const image_data = static_cast<T*>(image.memory.data), *const bands_data = static_cast<T*>(bands.memory.data);
+  parallel_units(y.size(0) * colours * pieces, 4 * rows * blocks, [&](int64_t unit) {
+    const int64_t plane = unit / pieces, row = unit % pieces * rows;
+    const int64_t sample = plane / colours, colour = plane % colours;
+    run_leaf<Blocks<T>>(image_data + plane * 4 * height * blocks + row * 4 * blocks,
+                        bands_data + sample * bands.sample + colour * bands.colour + row * blocks, bands.slot[1],
+                        std::min(rows, height - row), blocks, gains[0], gains[1], inverse);
+  });
+}
+
 // The shape of the other side of x.
 std::vector<int64_t> shape_after(const Tensor& x, int64_t levels, bool inverse) {
   const int64_t n = int64_t{1} << ((x.dim() - 2) * levels), side = int64_t{1} << levels;
@@ -178,6 +242,9 @@ Tensor haar_fwd(Tensor x, int64_t levels, bool by_colour, double gain, double av
   visit_compute_type(x.scalar_type(), [&](auto t) {
     using T = decltype(t);
     const std::vector<T> gains = slots.gains<T>(gain, average_gain);
+    if (dims == 2 && levels == 1 && format == MemoryFormat::Contiguous && x.scalar_type() == scalar_type_of<T>) {
+      return transform_planes<T>(image_side, bands_side, bands, gains, inverse);
+    }
     transform<T>(slots, inverse ? bands_side : image_side, inverse ? image_side : bands_side, bands, gains, inverse);
   });
   return y;

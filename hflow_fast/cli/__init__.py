@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from ..errors import CheckpointError, ConfigError, DatasetError
+from .bench import bench
 from .dataset import dataset
 from .info import info
 from .sample import sample
@@ -34,8 +35,8 @@ class _Group(click.Group):
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(package_name="hflow_fast")
 def main() -> None:
-    """Hierarchical normalizing flows: datasets, training, sampling."""
+    """Hierarchical normalizing flows: datasets, training, sampling, timings."""
 
 
-for _command in (dataset, info, sample, train):
+for _command in (bench, dataset, info, sample, train):
     main.add_command(_command)

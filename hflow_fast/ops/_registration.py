@@ -35,16 +35,20 @@ def empty_like_in(tensor: torch.Tensor, memory_format: torch.memory_format) -> t
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device, memory_format=chosen)
 
 
-def register(op: str, tensors: int, fake: Callable[..., Any], autocast: bool = True) -> None:
+def register(
+    op: str, tensors: int, fake: Callable[..., Any], autocast: bool = True
+) -> Callable[..., Any] | None:
     """Register the fake, autograd and autocast implementations of ``op``; its first ``tensors`` arguments are tensors.
 
     ``fake`` takes the arguments of ``<op>_fwd``, checks them and returns empty outputs. Under autocast a half-precision
     flow variable becomes float32, so that flow variables and log-dets keep their precision; the other tensors are read
     as they are, which saves a cast pass over a network's output. The ops inside networks say ``autocast=False``: they
     follow the precision of the network, whatever it is.
+
+    Returns ``<op>_fwd`` as a function that costs less to call; ``None`` without the extension.
     """
     if _extension.missing_reason() is not None:
-        return
+        return None
     forward_op = getattr(torch.ops.hflow_fast, f"{op}_fwd").default
     backward_op = getattr(torch.ops.hflow_fast, f"{op}_bwd").default
 
@@ -55,7 +59,7 @@ def register(op: str, tensors: int, fake: Callable[..., Any], autocast: bool = T
 
     class Gradient(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, *arguments: Any) -> tuple[torch.Tensor, ...]:
+        def forward(ctx: Any, *arguments: Any) -> torch.Tensor | tuple[torch.Tensor, ...]:
             return backward_op(*arguments)
 
         @staticmethod
@@ -64,72 +68,112 @@ def register(op: str, tensors: int, fake: Callable[..., Any], autocast: bool = T
                 f"hflow_fast.ops.{op} has no second derivative; differentiate hflow_fast.reference.{op} instead"
             )
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs[:tensors])
-        ctx.options = inputs[tensors:]
+    def setup_context(ctx: Any, tensors: tuple[torch.Tensor, ...], options: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*tensors)
+        ctx.options = options
 
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         arguments = *ctx.saved_tensors, *gradients, *ctx.options
         # Gradients are enabled for create_graph=True only.
-        computed = Gradient.apply(*arguments) if torch.is_grad_enabled() else backward_op(*arguments)
-        return *_as_tuple(computed), *(None for _ in ctx.options)
+        return Gradient.apply(*arguments) if torch.is_grad_enabled() else backward_op(*arguments)
 
     torch.library.register_fake(f"hflow_fast::{op}_fwd", fake)
     torch.library.register_fake(f"hflow_fast::{op}_bwd", fake_backward)
-    register_autograd(op, backward, setup_context)
     for key in ("AutocastCPU", "AutocastCUDA") if autocast else ():
         register_autocast(forward_op, key)
+    return register_autograd(op, backward, setup_context)
 
 
-def register_autograd(op: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
-    """What torch.library.register_autograd does for ``<op>_fwd``, without its treatment of default arguments.
+def register_autograd(
+    op: str, backward: Callable[..., Any], setup_context: Callable[..., None]
+) -> Callable[..., Any]:
+    """Differentiate ``<op>_fwd``, and return what calls it at the least cost.
 
-    That costs time quadratic in the number of a schema's arguments: 40 of 125 µs for a small coupling's forward and
-    backward, and our schemas have no defaults. Transforms that this kind of differentiation does not serve are refused
-    by name: forward mode would silently give zero.
+    ``setup_context(ctx, tensors, options, output)`` keeps what ``backward(ctx, *gradients)`` needs, which returns the
+    gradients of the tensors. Unlike torch.library.register_autograd this treats no default arguments, which costs time
+    quadratic in the number of a schema's arguments; and it refuses by name the transforms that this kind of
+    differentiation does not serve: forward mode would silently give zero.
+
+    A call through the dispatcher enters Python once more, in the kernel registered here, which takes twice as long as
+    a small kernel. What is returned goes straight to the kernel below autograd where nothing else listens: no tracing,
+    no function transform, no forward mode, no autocast, no subclass of tensors. Dispatch modes still see the call.
     """
     forward_op = getattr(torch.ops.hflow_fast, f"{op}_fwd").default
-    tensors = sum(isinstance(argument.type, torch.TensorType) for argument in forward_op._schema.arguments)
-
-    def below_autograd(keyset: torch._C.DispatchKeySet, *arguments: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return forward_op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+    count = sum(isinstance(argument.type, torch.TensorType) for argument in forward_op._schema.arguments)
 
     class Function(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, keyset: torch._C.DispatchKeySet, *arguments: Any) -> Any:
-            output = below_autograd(keyset, *arguments)
-            setup_context(ctx, arguments, output)
+        def forward(ctx: Any, kernel: Callable[..., Any], options: tuple[Any, ...], *tensors: torch.Tensor) -> Any:
+            output = kernel(*tensors, *options)
+            setup_context(ctx, tensors, options, output)
             return output
 
         @staticmethod
         def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-            return None, *_as_tuple(backward(ctx, *gradients))
+            computed = backward(ctx, *gradients)
+            return None, None, *(computed if isinstance(computed, tuple) else (computed,))
+
+    def below_autograd(*arguments: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return forward_op(*arguments)
 
     def kernel(keyset: torch._C.DispatchKeySet, *arguments: Any) -> Any:
-        inputs = arguments[:tensors]
-        if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in inputs):
-            raise RuntimeError(f"hflow_fast.ops.{op} has no forward-mode derivative (jvp); "
-                               f"differentiate hflow_fast.reference.{op} instead")  # fmt: skip
-        if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
-            if torch._C._are_functorch_transforms_active():
-                raise RuntimeError(f"hflow_fast.ops.{op} does not work in torch.func.grad and its relatives; use "
-                                   f"torch.autograd, or differentiate hflow_fast.reference.{op} instead")  # fmt: skip
-            return Function.apply(keyset, *arguments)
-        return below_autograd(keyset, *arguments)
+        def redispatch(*arguments: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                return forward_op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+
+        tensors = arguments[:count]
+        if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+            raise RuntimeError(
+                f"hflow_fast.ops.{op} has no forward-mode derivative (jvp); differentiate hflow_fast.reference.{op} instead"
+            )
+        if not _needs_gradient(tensors):
+            return redispatch(*arguments)
+        if torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                f"hflow_fast.ops.{op} does not work in torch.func.grad and its relatives; use torch.autograd, or "
+                f"differentiate hflow_fast.reference.{op} instead"
+            )
+        return Function.apply(redispatch, arguments[count:], *tensors)
 
     def refuse(*arguments: Any) -> None:
-        check_floating(op, **{a.name: x for a, x in zip(forward_op._schema.arguments, arguments[:tensors])})
+        check_floating(op, **{a.name: x for a, x in zip(forward_op._schema.arguments, arguments[:count])})
+
+    def call(*arguments: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return forward_op(*arguments)
+        tensors = arguments[:count]
+        if not _only_autograd_listens(tensors):
+            return forward_op(*arguments)
+        if _needs_gradient(tensors):
+            return Function.apply(below_autograd, arguments[count:], *tensors)
+        return below_autograd(*arguments)
 
     name = forward_op.name().removeprefix("hflow_fast::")
     _library.impl(name, kernel, "Autograd", with_keyset=True)
     for key in _NOT_DENSE:
         _library.impl(name, refuse, key)
+    return call
 
 
-def _as_tuple(outputs: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """What an op returned, which is a bare tensor where it is one."""
-    return (outputs,) if isinstance(outputs, torch.Tensor) else outputs
+def _only_autograd_listens(tensors: tuple[torch.Tensor, ...]) -> bool:
+    for tensor in tensors:
+        if type(tensor) is not torch.Tensor and type(tensor) is not torch.nn.Parameter:
+            return False
+    return not (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._is_tracing()
+        or torch.is_autocast_enabled(tensors[0].device.type)
+    )
+
+
+def _needs_gradient(tensors: tuple[torch.Tensor, ...]) -> bool:
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor.requires_grad:
+                return True
+    return False
 
 
 def register_autocast(op: torch._ops.OpOverload, key: str) -> None:

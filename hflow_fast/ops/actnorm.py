@@ -44,7 +44,7 @@ def actnorm(
     """
     if not has_kernel("actnorm", x.device):
         return reference.actnorm(x, log_scale, bias, inverse=inverse)
-    return torch.ops.hflow_fast.actnorm_fwd.default(x, log_scale, bias, inverse)
+    return _kernel(x, log_scale, bias, inverse)
 
 
 def _fake(
@@ -55,4 +55,4 @@ def _fake(
     return empty_like_in(x, format_of(x)), x.new_empty(x.shape[0], dtype=compute_dtype(x))
 
 
-register("actnorm", 3, _fake)
+_kernel = register("actnorm", 3, _fake)

@@ -56,7 +56,7 @@ def bias_act(
         check_bias_act(x, bias, residual)
     bias, residual = (x.new_empty(0) if t is None else t for t in (bias, residual))
     number = ACTIVATIONS.index(activation)
-    return torch.ops.hflow_fast.bias_act_fwd.default(x, bias, residual, number, slope, gain)
+    return _kernel(x, bias, residual, number, slope, gain)
 
 
 def _fake(
@@ -70,4 +70,4 @@ def _fake(
     return empty_like_in(x, format_of(x))
 
 
-register("bias_act", 3, _fake, autocast=False)
+_kernel = register("bias_act", 3, _fake, autocast=False)

@@ -11,8 +11,8 @@ from hflow_fast.ops._registration import empty_like_in, format_of, register
 
 __all__ = ["conv1x1"]
 
-# The kernels take up to 32 channels; on a processor a matrix product is as fast from about 12 on.
-_KERNEL_CHANNELS = {"cpu": 12, "cuda": 32}
+_KERNEL_CHANNELS = 32
+_CHANNELS_LAST_CHANNELS = 12  # on a processor, where that is a matrix product without a transpose
 
 
 def conv1x1(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -23,7 +23,7 @@ def conv1x1(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
     The invertible 1 × 1 convolution of Glow (Kingma and Dhariwal, 2018, section 3.2). The inverse is the same function
     with the inverse matrix; the log-determinant, H·W·log\|det W\|, comes from :func:`hflow_fast.ops.lu`. An actnorm
     before or after folds into ``weight`` and ``bias``. Few channels run in a kernel with one read and one write of x,
-    many (above 12 on a processor, 32 on a GPU) through a matrix product. Sums are float32, or float64 for float64 x.
+    many (above 32, or 12 for channels_last on a processor) through a matrix product. Sums are float32, or float64 for float64 x.
 
     Args:
         x: (B, C), (B, C, L) or (B, C, H, W); contiguous and channels_last are read as they are, other strides are made
@@ -42,13 +42,19 @@ def conv1x1(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
         >>> conv1x1(x, torch.tensor([[0.0, 1.0], [3.0, 0.0]]), torch.tensor([0.5, 0.0]))
         tensor([[2.5000, 3.0000]])
     """
-    if not has_kernel("conv1x1", x.device) or x.dim() < 2 or x.shape[1] > _KERNEL_CHANNELS[x.device.type]:
+    if not has_kernel("conv1x1", x.device) or x.dim() < 2 or x.shape[1] > _most_channels(x):
         if x.dtype in (torch.bfloat16, torch.float16) and torch.is_autocast_enabled(x.device.type):
             x = x.float()  # as the kernel does: flow variables keep their precision
         return reference.conv1x1(x, weight, bias)
     if bias is None:
         bias = weight.new_zeros(x.shape[1])
-    return torch.ops.hflow_fast.conv1x1_fwd.default(x, weight, bias)
+    return _kernel(x, weight, bias)
+
+
+def _most_channels(x: torch.Tensor) -> int:
+    if x.device.type == "cpu" and format_of(x) is torch.channels_last:
+        return _CHANNELS_LAST_CHANNELS
+    return _KERNEL_CHANNELS
 
 
 def _fake(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -58,4 +64,4 @@ def _fake(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Te
     return empty_like_in(x, format_of(x))
 
 
-register("conv1x1", 3, _fake)
+_kernel = register("conv1x1", 3, _fake)

@@ -59,7 +59,7 @@ def flow_step(
     if x.dim() > 1 and x.shape[1] > _MAX_FUSED_CHANNELS:
         u, log_det = coupling(x, raw, spec, inverse=inverse)
         return conv1x1(u, weight, bias), log_det
-    return torch.ops.hflow_fast.flow_step_fwd.default(x, raw, weight, bias, *spec.arguments, inverse)
+    return _kernel(x, raw, weight, bias, *spec.arguments, inverse)
 
 
 def _fake(
@@ -71,4 +71,4 @@ def _fake(
     return empty_like_in(x, format_of(x)), x.new_empty(x.shape[0], dtype=compute_dtype(x))
 
 
-register("flow_step", 4, _fake)
+_kernel = register("flow_step", 4, _fake)

@@ -69,7 +69,7 @@ def haar(
     gain, average_gain = rebalance, bands**-0.5 if mean else 1.0
     if inverse:
         gain, average_gain = 1 / gain, 1 / average_gain
-    y = torch.ops.hflow_fast.haar_fwd.default(x, levels, order == "colour", gain, average_gain, inverse)
+    y = _kernel(x, levels, order == "colour", gain, average_gain, inverse)
     log_det = levels * math.prod(x.shape[1:]) * (math.log(gain) + math.log(average_gain) / bands)
     return y, x.new_full(x.shape[:1], log_det, dtype=compute_dtype(x))
 
@@ -84,18 +84,19 @@ def _fake(
     return torch.empty((x.shape[0], channels, *spatial), dtype=x.dtype, device=x.device, memory_format=format_of(x))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    ctx.options = inputs[1:]
+def _setup_context(ctx: Any, tensors: tuple[torch.Tensor], options: tuple[Any, ...], output: torch.Tensor) -> None:
+    ctx.options = options
 
 
-def _backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+def _backward(ctx: Any, grad_y: torch.Tensor) -> torch.Tensor:
     # The adjoint has the same gains; only the exact inverse of an unbalanced transform divides by them.
     *options, inverse = ctx.options
-    return torch.ops.hflow_fast.haar_fwd.default(grad_y, *options, not inverse), *(None for _ in ctx.options)
+    return _kernel(grad_y, *options, not inverse)
 
 
+_kernel = None
 if _extension.missing_reason() is None:
     torch.library.register_fake("hflow_fast::haar_fwd", _fake)
-    register_autograd("haar", _backward, _setup_context)
+    _kernel = register_autograd("haar", _backward, _setup_context)
     for key in ("AutocastCPU", "AutocastCUDA"):
         register_autocast(torch.ops.hflow_fast.haar_fwd.default, key)

@@ -45,7 +45,7 @@ def lu(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     if weight.dim() < 2 or weight.shape[-1] > _KERNEL_SIZE or not _extension.has_kernel("lu", weight.device):
         return reference.lu(weight)
-    return torch.ops.hflow_fast.lu_fwd.default(weight)
+    return _kernel(weight)
 
 
 def lu_many(weights: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -93,9 +93,11 @@ def _gradient(
     return sum(terms).to(dtype) if terms else None
 
 
-def _setup_context(ctx: Any, inputs: tuple[torch.Tensor], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+def _setup_context(
+    ctx: Any, tensors: tuple[torch.Tensor], options: tuple[()], output: tuple[torch.Tensor, torch.Tensor]
+) -> None:
     ctx.save_for_backward(output[1])
-    ctx.dtype = inputs[0].dtype
+    ctx.dtype = tensors[0].dtype
     ctx.set_materialize_grads(False)
 
 
@@ -124,8 +126,9 @@ def _backward_many(
     return list(map(_gradient, ctx.saved_tensors, grad_log_abs_dets, grad_inverses, ctx.dtypes))
 
 
+_kernel = None
 if _extension.missing_reason() is None:
     torch.library.register_fake("hflow_fast::lu_fwd", _fake)
-    register_autograd("lu", _backward, _setup_context)
+    _kernel = register_autograd("lu", _backward, _setup_context)
     torch.library.register_fake("hflow_fast::lu_many_fwd", _fake_many)
     torch.library.register_autograd("hflow_fast::lu_many_fwd", _backward_many, setup_context=_setup_context_many)

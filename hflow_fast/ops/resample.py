@@ -8,7 +8,7 @@ import torch
 
 from hflow_fast import _extension, reference
 from hflow_fast._checks import check_resample
-from hflow_fast.ops._registration import format_of
+from hflow_fast.ops._registration import format_of, register_autograd
 
 __all__ = ["resample"]
 
@@ -48,7 +48,7 @@ def resample(x: torch.Tensor, *, up: bool = False) -> torch.Tensor:
     """
     if not _extension.has_kernel("resample", x.device):
         return reference.resample(x, up=up)
-    return torch.ops.hflow_fast.resample_fwd.default(x, up, False)
+    return _kernel(x, up, False)
 
 
 def _fake(x: torch.Tensor, up: bool, adjoint: bool) -> torch.Tensor:
@@ -59,14 +59,16 @@ def _fake(x: torch.Tensor, up: bool, adjoint: bool) -> torch.Tensor:
     )  # fmt: skip
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    _, ctx.up, ctx.adjoint = inputs
+def _setup_context(ctx: Any, tensors: tuple[torch.Tensor], options: tuple[bool, bool], output: torch.Tensor) -> None:
+    ctx.options = options
 
 
-def _backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    return torch.ops.hflow_fast.resample_fwd.default(grad_y, ctx.up, not ctx.adjoint), None, None
+def _backward(ctx: Any, grad_y: torch.Tensor) -> torch.Tensor:
+    up, adjoint = ctx.options
+    return _kernel(grad_y, up, not adjoint)
 
 
+_kernel = None
 if _extension.missing_reason() is None:
     torch.library.register_fake("hflow_fast::resample_fwd", _fake)
-    torch.library.register_autograd("hflow_fast::resample_fwd", _backward, setup_context=_setup_context)
+    _kernel = register_autograd("resample", _backward, _setup_context)

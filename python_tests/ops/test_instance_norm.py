@@ -28,12 +28,18 @@ def alone(function, **options):
     return lambda x: (function(x, **options),)
 
 
+def growth(x, epsilon):
+    """By how much a rounding error of x can grow: few values may lie close together."""
+    values = x.double().flatten(2) if x[0, 0].numel() > 1 else x.double().flatten(1)[:, None]
+    return float((values.var(-1) + epsilon).rsqrt().max().clamp(min=1))
+
+
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(SHAPES, st.sampled_from(DTYPES), st.sampled_from(MEMORY), st.sampled_from([1e-6, 0.3]))
 def test_matches_the_reference(shape, dtype, memory, epsilon):
     x = inputs(shape, dtype, memory)
     functions = (alone(function, epsilon=epsilon) for function in (instance_norm, reference.instance_norm))
-    assert_accurate(*functions, [x], atol_of(x))
+    assert_accurate(*functions, [x], atol_of(x) * growth(x, epsilon))
 
 
 @pytest.mark.parametrize("memory", ["contiguous", "channels_last"])
