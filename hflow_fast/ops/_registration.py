@@ -76,6 +76,7 @@ def register(op: str, tensors: int, fake: Callable[..., Any], autocast: bool = T
 
     torch.library.register_fake(f"hflow_fast::{op}_fwd", fake)
     torch.library.register_fake(f"hflow_fast::{op}_bwd", fake_backward)
+    _refuse_layouts(op, backward_op)
     register_autograd(op, backward, setup_context)
     for key in ("AutocastCPU", "AutocastCUDA") if autocast else ():
         register_autocast(forward_op, key)
@@ -118,13 +119,19 @@ def register_autograd(op: str, backward: Callable[..., Any], setup_context: Call
             return Function.apply(keyset, *arguments)
         return below_autograd(keyset, *arguments)
 
-    def refuse(*arguments: Any) -> None:
-        check_floating(op, **{a.name: x for a, x in zip(forward_op._schema.arguments, arguments[:tensors])})
+    _library.impl(f"{op}_fwd", kernel, "Autograd", with_keyset=True)
+    _refuse_layouts(op, forward_op)
 
-    name = forward_op.name().removeprefix("hflow_fast::")
-    _library.impl(name, kernel, "Autograd", with_keyset=True)
+
+def _refuse_layouts(op: str, overload: torch._ops.OpOverload) -> None:
+    """Name the tensor that is sparse or quantized, where torch would say that it found no kernel."""
+    names = [a.name for a in overload._schema.arguments if isinstance(a.type, torch.TensorType)]
+
+    def refuse(*arguments: Any) -> None:
+        check_floating(op, **dict(zip(names, arguments)))
+
     for key in _NOT_DENSE:
-        _library.impl(name, refuse, key)
+        _library.impl(overload.name().removeprefix("hflow_fast::"), refuse, key)
 
 
 def _as_tuple(outputs: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
