@@ -7,7 +7,7 @@ is the flow variable, or what a network's op works on; it decides the memory for
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,15 @@ from torch.autograd import forward_ad
 from hflow_fast import _extension
 from hflow_fast._checks import check_floating
 
-__all__ = ["empty_like_in", "format_of", "register", "register_autocast", "register_autograd"]
+__all__ = [
+    "empty_like_in",
+    "format_of",
+    "refuse_layouts",
+    "refuse_transforms",
+    "register",
+    "register_autocast",
+    "register_autograd",
+]
 
 _library = torch.library.Library("hflow_fast", "FRAGMENT")
 _NOT_DENSE = ("SparseCPU", "SparseCUDA", "SparseCsrCPU", "SparseCsrCUDA", "MkldnnCPU", "QuantizedCPU", "QuantizedCUDA")
@@ -76,7 +84,7 @@ def register(op: str, tensors: int, fake: Callable[..., Any], autocast: bool = T
 
     torch.library.register_fake(f"hflow_fast::{op}_fwd", fake)
     torch.library.register_fake(f"hflow_fast::{op}_bwd", fake_backward)
-    _refuse_layouts(op, backward_op)
+    refuse_layouts(op, backward_op)
     register_autograd(op, backward, setup_context)
     for key in ("AutocastCPU", "AutocastCUDA") if autocast else ():
         register_autocast(forward_op, key)
@@ -86,8 +94,7 @@ def register_autograd(op: str, backward: Callable[..., Any], setup_context: Call
     """What torch.library.register_autograd does for ``<op>_fwd``, without its treatment of default arguments.
 
     That costs time quadratic in the number of a schema's arguments: 40 of 125 µs for a small coupling's forward and
-    backward, and our schemas have no defaults. Transforms that this kind of differentiation does not serve are refused
-    by name: forward mode would silently give zero.
+    backward, and our schemas have no defaults.
     """
     forward_op = getattr(torch.ops.hflow_fast, f"{op}_fwd").default
     tensors = sum(isinstance(argument.type, torch.TensorType) for argument in forward_op._schema.arguments)
@@ -109,34 +116,45 @@ def register_autograd(op: str, backward: Callable[..., Any], setup_context: Call
 
     def kernel(keyset: torch._C.DispatchKeySet, *arguments: Any) -> Any:
         inputs = arguments[:tensors]
-        if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in inputs):
-            raise RuntimeError(f"hflow_fast.ops.{op} has no forward-mode derivative (jvp); "
-                               f"differentiate hflow_fast.reference.{op} instead")  # fmt: skip
+        refuse_transforms(op, inputs)
         if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
-            if torch._C._are_functorch_transforms_active():
-                raise RuntimeError(f"hflow_fast.ops.{op} does not work in torch.func.grad and its relatives; use "
-                                   f"torch.autograd, or differentiate hflow_fast.reference.{op} instead")  # fmt: skip
             return Function.apply(keyset, *arguments)
         return below_autograd(keyset, *arguments)
 
     _library.impl(f"{op}_fwd", kernel, "Autograd", with_keyset=True)
-    _refuse_layouts(op, forward_op)
+    refuse_layouts(op, forward_op)
 
 
-def _refuse_layouts(op: str, overload: torch._ops.OpOverload) -> None:
+def refuse_transforms(op: str, inputs: Sequence[torch.Tensor]) -> None:
+    """Name the operation where forward mode would silently give zero, and torch.func.grad speak of our insides."""
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+        raise RuntimeError(
+            f"hflow_fast.ops.{op} has no forward-mode derivative (jvp); differentiate hflow_fast.reference.{op} instead"
+        )
+    if torch._C._are_functorch_transforms_active() and torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        raise RuntimeError(
+            f"hflow_fast.ops.{op} does not work in torch.func.grad and its relatives; use torch.autograd, or "
+            f"differentiate hflow_fast.reference.{op} instead"
+        )
+
+
+def refuse_layouts(op: str, overload: torch._ops.OpOverload) -> None:
     """Name the tensor that is sparse or quantized, where torch would say that it found no kernel."""
-    names = [a.name for a in overload._schema.arguments if isinstance(a.type, torch.TensorType)]
+    names = [argument.name for argument in overload._schema.arguments]
 
     def refuse(*arguments: Any) -> None:
-        check_floating(op, **dict(zip(names, arguments)))
+        for name, argument in zip(names, arguments):
+            for tensor in argument if isinstance(argument, (list, tuple)) else (argument,):
+                if isinstance(tensor, torch.Tensor):
+                    check_floating(op, **{name: tensor})
 
     for key in _NOT_DENSE:
         _library.impl(overload.name().removeprefix("hflow_fast::"), refuse, key)
 
 
-def _as_tuple(outputs: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """What an op returned, which is a bare tensor where it is one."""
-    return (outputs,) if isinstance(outputs, torch.Tensor) else outputs
+def _as_tuple(outputs: torch.Tensor | tuple[torch.Tensor, ...] | None) -> tuple[torch.Tensor | None, ...]:
+    """What an op or its gradient returned, which is bare where it is one."""
+    return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
 def register_autocast(op: torch._ops.OpOverload, key: str) -> None:

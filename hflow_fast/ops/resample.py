@@ -8,7 +8,7 @@ import torch
 
 from hflow_fast import _extension, reference
 from hflow_fast._checks import check_resample
-from hflow_fast.ops._registration import format_of
+from hflow_fast.ops._registration import format_of, register_autograd
 
 __all__ = ["resample"]
 
@@ -69,4 +69,4 @@ def _backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]
 
 if _extension.missing_reason() is None:
     torch.library.register_fake("hflow_fast::resample_fwd", _fake)
-    torch.library.register_autograd("hflow_fast::resample_fwd", _backward, setup_context=_setup_context)
+    register_autograd("resample", _backward, _setup_context)

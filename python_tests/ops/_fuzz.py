@@ -26,7 +26,9 @@ DTYPES = [
     torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool, torch.complex64,
     torch.float8_e4m3fn,
 ]  # fmt: skip
-FORMS = ["plain", "transposed", "strided", "expanded", "overlapping", "conjugate", "offset", "gradient", "meta", "sparse"]
+FORMS = [
+    "plain", "transposed", "strided", "expanded", "overlapping", "conjugate", "offset", "gradient", "meta", "sparse",
+]  # fmt: skip
 SIZES = st.one_of(st.integers(0, 5), st.sampled_from([1, 8, 17, 64, 65]))
 SHAPES = st.one_of(
     st.lists(SIZES, max_size=6).map(tuple).filter(lambda shape: math.prod(shape) <= 2**16),
@@ -79,6 +81,8 @@ def shaped(shape: tuple[int, ...], dtype: torch.dtype, form: str, value: float) 
 def arguments(draw: st.DrawFn, valid: tuple[Any, ...]) -> tuple[Any, ...]:
     """A valid call with some arguments replaced; a tensor may also come in place of another."""
     result = list(valid)
+    everything = [t for argument in valid for t in (argument if isinstance(argument, list) else [argument])]
+    spares = st.sampled_from([t for t in everything if isinstance(t, torch.Tensor)])
     for place in draw(st.sets(st.integers(0, len(valid) - 1), min_size=1, max_size=3)):
         match valid[place]:
             case bool():
@@ -88,13 +92,15 @@ def arguments(draw: st.DrawFn, valid: tuple[Any, ...]) -> tuple[Any, ...]:
             case float():
                 result[place] = draw(FLOATS)
             case torch.Tensor() as tensor:
-                result[place] = draw(
-                    st.one_of(tensors(tensor), st.sampled_from([t for t in valid if isinstance(t, torch.Tensor)]))
-                )
+                result[place] = draw(st.one_of(tensors(tensor), spares))
+            case list():
+                result[place] = draw(st.lists(st.one_of(spares.flatmap(tensors), spares), min_size=1, max_size=5))
     return tuple(result)
 
 
 def described(argument: Any) -> str:
+    if isinstance(argument, list):
+        return f"[{', '.join(map(described, argument))}]"
     if not isinstance(argument, torch.Tensor):
         return repr(argument)
     strides = tuple(argument.stride()) if argument.layout == torch.strided else argument.layout
@@ -105,7 +111,7 @@ def problem(op: torch._ops.OpOverload, name: str, called: tuple[Any, ...]) -> st
     """What is wrong with how the call ends, if anything."""
     try:
         outputs = op(*called)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        outputs = torch.utils._pytree.tree_leaves(outputs)
         if op._schema.name.endswith("_fwd") and any(output.requires_grad for output in outputs):
             sum(output.float().sum() for output in outputs).backward()
     except ValueError as error:
@@ -119,7 +125,7 @@ def problem(op: torch._ops.OpOverload, name: str, called: tuple[Any, ...]) -> st
 
 def fuzz(row: Any, draws: int, file: Path) -> list[str]:
     valid = [
-        (op, tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in called))
+        (op, torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, called))
         for call in row.examples[:4]
         for op, called in kernel_calls(row.function(call), row.inputs(call))
     ]
