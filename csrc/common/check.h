@@ -46,8 +46,13 @@ inline void check_flow_variable(const char* op, const char* name, const Tensor& 
   if (tensor.dim() < 2) fail(op, name, " must have shape (B, C, ...), got ", shape_of(tensor));
 }
 
+inline std::string device_of(const Tensor& tensor) {
+  return tensor.is_cuda() ? "cuda:" + std::to_string(tensor.get_device_index()) : "cpu";
+}
+
 inline void check_same_device(const char* op, const char* name, const Tensor& tensor, const Tensor& x) {
-  if (!(tensor.device() == x.device())) fail(op, name, " must be on the device of x");
+  if (!(tensor.device() == x.device()))
+    fail(op, name, " must be on the device of x, ", device_of(x), ", got ", device_of(tensor));
 }
 
 template <size_t N>

@@ -231,7 +231,7 @@ Tensor haar_fwd(Tensor x, int64_t levels, bool by_colour, double gain, double av
   const int64_t dims = x.dim() - 2;
   if (dims < 1 || dims > 3)
     fail("haar", "x must have shape (B, C, L), (B, C, H, W) or (B, C, D, H, W), got ", shape_of(x));
-  if (levels < 1 || dims * levels > 30) fail("haar", "levels must be from 1 to ", 30 / dims, ", got ", levels);
+  if (levels < 1 || levels > 30 / dims) fail("haar", "levels must be from 1 to ", 30 / dims, ", got ", levels);
   const MemoryFormat format = format_of(x);
   x = as_format(x, format);
   Tensor y = empty_in(x, shape_after(x, levels, inverse), format);

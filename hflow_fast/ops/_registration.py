@@ -7,7 +7,7 @@ is the flow variable, or what a network's op works on; it decides the memory for
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,15 @@ from torch.autograd import forward_ad
 from hflow_fast import _extension
 from hflow_fast._checks import check_floating
 
-__all__ = ["empty_like_in", "format_of", "register", "register_autocast", "register_autograd"]
+__all__ = [
+    "empty_like_in",
+    "format_of",
+    "refuse_layouts",
+    "refuse_transforms",
+    "register",
+    "register_autocast",
+    "register_autograd",
+]
 
 _library = torch.library.Library("hflow_fast", "FRAGMENT")
 _NOT_DENSE = ("SparseCPU", "SparseCUDA", "SparseCsrCPU", "SparseCsrCUDA", "MkldnnCPU", "QuantizedCPU", "QuantizedCUDA")
@@ -79,6 +87,7 @@ def register(
 
     torch.library.register_fake(f"hflow_fast::{op}_fwd", fake)
     torch.library.register_fake(f"hflow_fast::{op}_bwd", fake_backward)
+    refuse_layouts(op, backward_op)
     for key in ("AutocastCPU", "AutocastCUDA") if autocast else ():
         register_autocast(forward_op, key)
     return register_autograd(op, backward, setup_context)
@@ -113,6 +122,9 @@ def register_autograd(
             computed = backward(ctx, *gradients)
             return None, None, *(computed if isinstance(computed, tuple) else (computed,))
 
+    # Without torch.autograd.Function.apply's search for what function transforms left behind, done here for tensors.
+    apply = super(torch.autograd.Function, Function).apply
+
     def below_autograd(*arguments: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             return forward_op(*arguments)
@@ -123,21 +135,10 @@ def register_autograd(
                 return forward_op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
 
         tensors = arguments[:count]
-        if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
-            raise RuntimeError(
-                f"hflow_fast.ops.{op} has no forward-mode derivative (jvp); differentiate hflow_fast.reference.{op} instead"
-            )
+        refuse_transforms(op, tensors)
         if not _needs_gradient(tensors):
             return redispatch(*arguments)
-        if torch._C._are_functorch_transforms_active():
-            raise RuntimeError(
-                f"hflow_fast.ops.{op} does not work in torch.func.grad and its relatives; use torch.autograd, or "
-                f"differentiate hflow_fast.reference.{op} instead"
-            )
         return Function.apply(redispatch, arguments[count:], *tensors)
-
-    def refuse(*arguments: Any) -> None:
-        check_floating(op, **{a.name: x for a, x in zip(forward_op._schema.arguments, arguments[:count])})
 
     def call(*arguments: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -146,19 +147,18 @@ def register_autograd(
         if not _only_autograd_listens(tensors):
             return forward_op(*arguments)
         if _needs_gradient(tensors):
-            return Function.apply(below_autograd, arguments[count:], *tensors)
+            return apply(below_autograd, arguments[count:], *tensors)
         return below_autograd(*arguments)
 
-    name = forward_op.name().removeprefix("hflow_fast::")
-    _library.impl(name, kernel, "Autograd", with_keyset=True)
-    for key in _NOT_DENSE:
-        _library.impl(name, refuse, key)
+    _library.impl(f"{op}_fwd", kernel, "Autograd", with_keyset=True)
+    refuse_layouts(op, forward_op)
     return call
 
 
 def _only_autograd_listens(tensors: tuple[torch.Tensor, ...]) -> bool:
     for tensor in tensors:
-        if type(tensor) is not torch.Tensor and type(tensor) is not torch.nn.Parameter:
+        plain = type(tensor) is torch.Tensor or type(tensor) is torch.nn.Parameter
+        if not plain or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
             return False
     return not (
         torch._C._are_functorch_transforms_active()
@@ -168,12 +168,39 @@ def _only_autograd_listens(tensors: tuple[torch.Tensor, ...]) -> bool:
     )
 
 
-def _needs_gradient(tensors: tuple[torch.Tensor, ...]) -> bool:
+def _needs_gradient(tensors: Sequence[torch.Tensor]) -> bool:
     if torch.is_grad_enabled():
         for tensor in tensors:
             if tensor.requires_grad:
                 return True
     return False
+
+
+def refuse_transforms(op: str, inputs: Sequence[torch.Tensor]) -> None:
+    """Name the operation where forward mode would silently give zero, and torch.func.grad speak of our insides."""
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+        raise RuntimeError(
+            f"hflow_fast.ops.{op} has no forward-mode derivative (jvp); differentiate hflow_fast.reference.{op} instead"
+        )
+    if torch._C._are_functorch_transforms_active() and _needs_gradient(inputs):
+        raise RuntimeError(
+            f"hflow_fast.ops.{op} does not work in torch.func.grad and its relatives; use torch.autograd, or "
+            f"differentiate hflow_fast.reference.{op} instead"
+        )
+
+
+def refuse_layouts(op: str, overload: torch._ops.OpOverload) -> None:
+    """Name the tensor that is sparse or quantized, where torch would say that it found no kernel."""
+    names = [argument.name for argument in overload._schema.arguments]
+
+    def refuse(*arguments: Any) -> None:
+        for name, argument in zip(names, arguments):
+            for tensor in argument if isinstance(argument, (list, tuple)) else (argument,):
+                if isinstance(tensor, torch.Tensor):
+                    check_floating(op, **{name: tensor})
+
+    for key in _NOT_DENSE:
+        _library.impl(overload.name().removeprefix("hflow_fast::"), refuse, key)
 
 
 def register_autocast(op: torch._ops.OpOverload, key: str) -> None:

@@ -44,7 +44,8 @@ class CouplingSpec:
             ⌈C/2⌉ on; ``"checkerboard"`` of squares of ``block`` pixels; ``"columns"`` or ``"rows"``, one half of the
             image.
         block: Side of a checkerboard's squares, 1, 2, 4 or 8: pixel (i, j) is active where
-            (i // block + j // block) % 2 == parity.
+            (i // block + j // block) % 2 == parity. Images of any size will do: squares are cut off at the right and
+            bottom edges, and an image within one square is active or passive as a whole.
         parity: 0 or 1; the half that is active: of a checkerboard, or 0 left or top, 1 right or bottom.
 
     Raises:

@@ -9,7 +9,7 @@ import torch
 
 from hflow_fast import _extension, reference
 from hflow_fast._checks import check_matrices, check_stacks, compute_dtype
-from hflow_fast.ops._registration import register_autograd
+from hflow_fast.ops._registration import refuse_layouts, refuse_transforms, register_autograd
 
 __all__ = ["lu", "lu_many"]
 
@@ -70,6 +70,7 @@ def lu_many(weights: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, torch.T
     check_stacks("lu_many", weights)
     if any(weight.shape[-1] > _KERNEL_SIZE for weight in weights):
         return [lu(weight) for weight in weights]
+    refuse_transforms("lu_many", weights)
     return list(zip(*torch.ops.hflow_fast.lu_many_fwd.default(weights), strict=True))
 
 
@@ -132,3 +133,4 @@ if _extension.missing_reason() is None:
     _kernel = register_autograd("lu", _backward, _setup_context)
     torch.library.register_fake("hflow_fast::lu_many_fwd", _fake_many)
     torch.library.register_autograd("hflow_fast::lu_many_fwd", _backward_many, setup_context=_setup_context_many)
+    refuse_layouts("lu_many", torch.ops.hflow_fast.lu_many_fwd.default)

@@ -37,8 +37,8 @@ class Row:
 
     Args:
         name: In :mod:`hflow_fast.ops` and in :mod:`hflow_fast.reference`.
-        tensors: Its tensor arguments, the flow variable first; "raw" is a network's output, the others are parameters.
-            All are differentiable.
+        tensors: The names of its tensor arguments, the flow variable first; "raw" and "residual" are outputs of networks, the others
+            parameters. All are differentiable.
         examples: Small, with every option that changes what is computed.
         edges: Empty tensors, and tensors of one element.
         large: Work for several threads; the first is the first example in larger.
@@ -46,6 +46,9 @@ class Row:
         draws: How many of ``calls`` are tried.
         twice: It has second derivatives.
         undoes: ``inverse=True`` undoes the function of the same other arguments; it returns a log-det.
+        in_networks: It follows a network's precision under autocast; flow variables stay float32.
+        mapped: It works under vmap.
+        adapted: Makes a function of separate tensors of one that takes a list of them.
         values: Of a tensor, from standard normal ones.
         huge: At least 2³¹ elements of x.
     """
@@ -59,15 +62,18 @@ class Row:
     draws: int = 60
     twice: bool = False
     undoes: bool = False
+    in_networks: bool = False
+    mapped: bool = True
+    adapted: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function
     values: dict[str, Callable[[torch.Tensor], torch.Tensor]] = field(default_factory=dict)
     huge: Call | None = None
 
     def function(self, call: Call) -> Function:
         """The operation with the call's options; a tuple of outputs."""
-        return _bound(getattr(ops, self.name), call)
+        return _bound(self.adapted(getattr(ops, self.name)), call)
 
     def reference(self, call: Call) -> Function:
-        return _bound(getattr(reference, self.name), call)
+        return _bound(self.adapted(getattr(reference, self.name)), call)
 
     def inputs(
         self,
@@ -85,7 +91,7 @@ class Row:
         for place, (name, shape) in enumerate(zip(self.tensors, call.shapes, strict=True)):
             values = torch.randn(shape, dtype=torch.float64, generator=generator)
             values = self.values.get(name, lambda t: t)(values)
-            own = (raw_dtype if name == "raw" else parameter_dtype) if place else None
+            own = (raw_dtype if name in ("raw", "residual") else parameter_dtype) if place else None
             result.append(laid_out(values.to(device, own or dtype), (place and other_memory) or memory))
         return result
 
@@ -150,21 +156,41 @@ _CONV1X1 = Row(
     huge=_conv1x1((33, 4, 4096, 4096)),
 )
 
+
+def _well_conditioned(values: torch.Tensor) -> torch.Tensor:
+    """Near a multiple of the identity, so that only rounding is left to see."""
+    n = values.shape[-1]
+    return 0.5 * values / max(1, n) ** 0.5 + 2 * torch.eye(n, dtype=values.dtype)
+
+
+_STACKS = st.tuples(
+    st.one_of(st.just(()), st.tuples(st.integers(0, 5))), st.one_of(st.integers(0, 20), st.sampled_from([64, 65]))
+)
+
 _LU = Row(
     "lu",
     ("weight",),
     examples=(Call(((2, 3, 3),)), Call(((3, 3),)), Call(((2, 1, 1),)), Call(((1, 66, 66),))),
     edges=tuple(Call((shape,)) for shape in ((0, 3, 3), (2, 0, 0), (0, 0), (1, 1))),
     large=(Call(((40, 16, 16),)),),
-    calls=st.builds(
-        lambda batch, n: Call(((*batch, n, n),)),
-        st.one_of(st.just(()), st.tuples(st.integers(0, 5))),
-        st.one_of(st.integers(0, 20), st.sampled_from([64, 65])),
-    ),
+    calls=st.builds(lambda stack: Call(((*stack[0], stack[1], stack[1]),)), _STACKS),
     draws=30,
     twice=True,
-    # Near a multiple of the identity, so that only rounding is left to see.
-    values={"weight": lambda t: 0.5 * t / max(1, t.shape[-1]) ** 0.5 + 2 * torch.eye(t.shape[-1], dtype=t.dtype)},
+    values={"weight": _well_conditioned},
+)
+
+_LU_MANY = Row(
+    "lu_many",
+    ("weight",) * 3,
+    examples=(Call(((2, 3, 3), (4, 4), (1, 1, 1))), Call(((2, 3, 3), (1, 66, 66), (2, 2)))),
+    edges=(Call(((0, 3, 3), (0, 0), (1, 1))), Call(((2, 0, 0), (2, 2), (0, 1, 1)))),
+    large=(Call(((40, 16, 16), (30, 3, 3), (20, 8, 8))),),
+    calls=st.builds(lambda *stacks: Call(tuple((*batch, n, n) for batch, n in stacks)), *[_STACKS] * 3),
+    draws=30,
+    twice=True,
+    mapped=False,
+    adapted=lambda function: lambda *weights: sum(function(weights), ()),
+    values={"weight": _well_conditioned},
 )
 
 
@@ -287,7 +313,86 @@ _HAAR = Row(
 )
 
 
-ROWS = (_ACTNORM, _CONV1X1, _COUPLING, _FLOW_STEP, _HAAR, _LU)
+# ---- in networks ----
+
+
+def _alone(shape: Shape, **options: Any) -> Call:
+    return Call((shape,), options)
+
+
+def _bias_act(shape: Shape, **options: Any) -> Call:
+    return Call((shape, shape[1:2], shape), options)
+
+
+_BIAS_ACT = Row(
+    "bias_act",
+    ("x", "bias", "residual"),
+    examples=(
+        _bias_act((2, 3, 4, 2), activation="leaky_relu", slope=0.1, gain=0.7),
+        _bias_act((2, 3), activation="tanh"),
+        _bias_act((2, 2, 3), gain=0.7),
+    ),
+    edges=tuple(_bias_act(shape, activation="leaky_relu") for shape in _EDGES),
+    large=(_bias_act((3, 5, 150, 100), activation="leaky_relu", slope=0.1, gain=0.7),),
+    calls=st.builds(
+        _bias_act,
+        _images(st.integers(1, 40)),
+        activation=st.sampled_from(["linear", "leaky_relu", "tanh"]),
+        slope=st.sampled_from([0.0, 0.1]),
+        gain=st.sampled_from([1.0, 0.5**0.5]),
+    ),
+    draws=100,
+    in_networks=True,
+    huge=_bias_act((33, 4, 4096, 4096), activation="leaky_relu"),
+)
+
+_INSTANCE_NORM = Row(
+    "instance_norm",
+    ("x",),
+    examples=tuple(map(_alone, ((2, 3, 4, 2), (2, 3), (2, 2, 3), (2, 3, 1, 1)))),
+    edges=tuple(map(_alone, ((0, 3, 4, 4), (2, 0, 4, 4), (2, 3, 0, 4), (0, 3), (2, 0), (1, 1, 1, 2), (1, 2)))),
+    large=(_alone((3, 70, 50, 30)),),
+    calls=st.builds(
+        _alone,
+        st.one_of(
+            st.tuples(st.integers(1, 5), st.integers(2, 200)),
+            st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(2, 200)),
+            st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(2, 33), st.integers(1, 33)),
+            st.tuples(st.integers(1, 3), st.integers(60, 140), st.integers(2, 9), st.integers(1, 9)),
+            st.tuples(st.integers(1, 3), st.integers(2, 40), st.just(1), st.just(1)),
+        ),
+        epsilon=st.sampled_from([1e-6, 0.3]),
+    ),
+    draws=100,
+    in_networks=True,
+    huge=_alone((33, 4, 4096, 4096)),
+)
+
+
+@st.composite
+def _resample_calls(draw: st.DrawFn) -> Call:
+    up = draw(st.booleans())
+    size = st.one_of(st.integers(1, 12), st.integers(20, 40)).map(lambda n: n + 1 if up else 2 * n)
+    return _alone((draw(st.integers(1, 3)), draw(st.integers(1, 20)), draw(size), draw(size)), up=up)
+
+
+_RESAMPLE = Row(
+    "resample",
+    ("x",),
+    examples=tuple(_alone(shape, up=up) for up in _BOTH for shape in ((2, 3, 4, 6), (1, 2, 2, 2))),
+    edges=tuple(_alone(shape, up=up) for up in _BOTH for shape in ((0, 3, 4, 4), (2, 0, 4, 4), (1, 1, 2, 2))),
+    large=tuple(_alone((3, 5, 150, 100), up=up) for up in _BOTH),
+    calls=_resample_calls(),
+    draws=80,
+    twice=True,
+    in_networks=True,
+    huge=_alone((33, 4, 4096, 4096)),
+)
+
+
+ROWS = (
+    _ACTNORM, _BIAS_ACT, _CONV1X1, _COUPLING, _FLOW_STEP, _HAAR, _INSTANCE_NORM, _LU, _LU_MANY, _RESAMPLE,
+)  # fmt: skip
 DEVICES = ("cpu", *([pytest.param("cuda", marks=pytest.mark.cuda)] if torch.cuda.is_available() else []))
 
 every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)

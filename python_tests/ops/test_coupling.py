@@ -116,6 +116,21 @@ def test_active_sets_by_index():
     )
 
 
+@pytest.mark.parametrize("memory", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(("block", "size"), [(2, (3, 5)), (4, (6, 7)), (8, (12, 9)), (8, (5, 3)), (1, (1, 1))])
+def test_checkerboards_need_not_tile_the_image(block, size, memory):
+    for parity in (0, 1):
+        spec = CouplingSpec(active="checkerboard", block=block, parity=parity)
+        x, raw = inputs((2, 3, *size), 6, memory=memory)
+        y, log_det = coupling(x, raw, spec)
+        rows, columns = map(range, size)
+        active = torch.tensor([[(i // block + j // block) % 2 == parity for j in columns] for i in rows])
+        s, t = raw.chunk(2, 1)
+        torch.testing.assert_close(y, torch.where(active, x * s.exp() + t, x))
+        torch.testing.assert_close(log_det, torch.where(active, s, 0).sum((1, 2, 3)))
+        torch.testing.assert_close(coupling(y, raw, spec, inverse=True)[0], x)
+
+
 @pytest.mark.parametrize("function", [coupling, reference.coupling])
 @pytest.mark.parametrize("active", ["channels", "checkerboard", "columns", "rows"])
 def test_passive_raw_values_are_ignored(function, active):

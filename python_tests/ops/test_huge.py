@@ -1,4 +1,4 @@
-"""Tensors of more than 2³¹ elements, whose offsets no 32-bit integer holds. Run by `pytest -m huge`, with 24 GB free."""
+"""Tensors of more than 2³¹ elements, whose offsets no 32-bit integer holds: `pytest -m huge`, with 24 GB free."""
 
 from __future__ import annotations
 
