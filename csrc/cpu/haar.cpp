@@ -9,7 +9,7 @@
 #include <memory>
 #include <vector>
 
-#include "common/check.h"
+#include "common/haar_shape.h"
 #include "common/parallel.h"
 #include "common/rows.h"
 #include "common/tensor.h"
@@ -145,34 +145,13 @@ void transform(const Slots& slots, const Side& from, const Side& to, const Tenso
   });
 }
 
-// The shape of the other side of x.
-std::vector<int64_t> shape_after(const Tensor& x, int64_t levels, bool inverse) {
-  const int64_t n = int64_t{1} << ((x.dim() - 2) * levels), side = int64_t{1} << levels;
-  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-  if (inverse && sizes[1] % n != 0)
-    fail("haar", "x must have a multiple of ", n, " channels for the inverse of ", levels, " level(s), got ",
-         shape_of(x));
-  sizes[1] = inverse ? sizes[1] / n : sizes[1] * n;
-  for (int64_t d = 2; d < x.dim(); ++d) {
-    if (!inverse && sizes[d] % side != 0)
-      fail("haar", "the spatial sizes of x must be multiples of ", side, " for ", levels, " level(s), got ",
-           shape_of(x));
-    sizes[d] = inverse ? sizes[d] * side : sizes[d] / side;
-  }
-  return sizes;
-}
-
 Tensor haar_fwd(Tensor x, int64_t levels, bool by_colour, double gain, double average_gain, bool inverse) {
-  check_flow_variable("haar", "x", x);
-  const int64_t dims = x.dim() - 2;
-  if (dims < 1 || dims > 3)
-    fail("haar", "x must have shape (B, C, L), (B, C, H, W) or (B, C, D, H, W), got ", shape_of(x));
-  if (levels < 1 || dims * levels > 30) fail("haar", "levels must be from 1 to ", 30 / dims, ", got ", levels);
+  const std::vector<int64_t> sizes = haar_shape(x, levels, inverse);
   const MemoryFormat format = format_of(x);
   x = as_format(x, format);
-  Tensor y = empty_in(x, shape_after(x, levels, inverse), format);
+  Tensor y = empty_in(x, sizes, format);
   if (x.numel() == 0) return y;
-  const Slots slots{dims, levels};
+  const Slots slots{x.dim() - 2, levels};
   const Tensor &image = inverse ? y : x, &bands = inverse ? x : y;
   const Side image_side = slots.image(image), bands_side = slots.bands(bands, by_colour);
   visit_compute_type(x.scalar_type(), [&](auto t) {
