@@ -7,7 +7,8 @@
 // many as fill 16 bytes (fewer where registers end):
 //   contiguous      neighbours along the last axis: runs of V·2^levels pixels of an image row, of V elements of a band.
 //   channels_last   neighbours are colours: runs of V elements of a pixel, of V (or by colour V·n) of the bands.
-// Where the axis is no multiple of V a thread takes blocks one by one, kThreads apart, so that warps still read runs.
+// Where the axis is no multiple of V, or memory not aligned, a thread takes V blocks one by one and element by element,
+// kThreads apart, so that warps still read runs.
 #pragma once
 
 #include <algorithm>
@@ -63,7 +64,7 @@ struct HaarParameters {
   int64_t colours, blocks[3];
   int64_t units;  // of work: groups of V blocks where `wide`, else blocks
   T gains[4];     // of a slot, by its number of averages
-  bool by_colour, wide, is_aligned, inverse;
+  bool by_colour, wide, inverse;
 };
 
 // index % size; index becomes index / size. 64-bit divisions are slow, and seldom needed.
@@ -78,44 +79,39 @@ __device__ inline int64_t take(int64_t& index, int64_t size) {
   return remainder;
 }
 
-// N consecutive elements, in the widest accesses that N allows if `is_aligned`.
-template <class S, int N>
+// N consecutive elements, one by one or in the widest accesses that N allows, for which they must be aligned.
+template <class S, int N, bool Wide>
 struct HaarRun {
-  static constexpr int width = N * sizeof(S) % 16 == 0 ? kVector<S> : N * sizeof(S) % 8 == 0 ? kVector<S> / 2 : 1;
-  using Wide = std::conditional_t<width * sizeof(S) == 16, uint4, uint2>;
+  static constexpr int bytes = !Wide ? 0 : N * sizeof(S) % 16 == 0 ? 16 : N * sizeof(S) % 8 == 0 ? 8 : 0;
+  using Access = std::conditional_t<bytes == 16, uint4, std::conditional_t<bytes == 8, uint2, S>>;
+  static constexpr int width = sizeof(Access) / sizeof(S);
 
   template <class T>
-  __device__ static void load(const S* __restrict__ from, bool is_aligned, T (&to)[N]) {
-    if (width > 1 && is_aligned) {
+  __device__ static void load(const S* __restrict__ from, T (&to)[N]) {
 #pragma unroll
-      for (int i = 0; i < N; i += width) {
-        const Wide raw = *reinterpret_cast<const Wide*>(from + i);
-        S elements[sizeof(Wide) / sizeof(S)];
-        memcpy(elements, &raw, sizeof(raw));
+    for (int i = 0; i < N; i += width) {
+      const Access raw = *reinterpret_cast<const Access*>(from + i);
+      S elements[width];
+      memcpy(elements, &raw, sizeof(raw));
 #pragma unroll
-        for (int j = 0; j < width; ++j) to[i + j] = to_compute<T>(elements[j]);
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < N; ++i) to[i] = to_compute<T>(from[i]);
+      for (int j = 0; j < width; ++j) to[i + j] = to_compute<T>(elements[j]);
     }
   }
 
   template <class T>
-  __device__ static void store(const T (&from)[N], bool is_aligned, S* __restrict__ to) {
-    if (width > 1 && is_aligned) {
+  __device__ static void store(const T (&from)[N], S* __restrict__ to) {
 #pragma unroll
-      for (int i = 0; i < N; i += width) {
-        S elements[sizeof(Wide) / sizeof(S)];
+    for (int i = 0; i < N; i += width) {
+      S elements[width];
 #pragma unroll
-        for (int j = 0; j < width; ++j) elements[j] = to_memory<S>(from[i + j]);
-        Wide raw;
+      for (int j = 0; j < width; ++j) elements[j] = to_memory<S>(from[i + j]);
+      if constexpr (bytes == 0) {
+        to[i] = elements[0];
+      } else {
+        Access raw;
         memcpy(&raw, elements, sizeof(raw));
-        *reinterpret_cast<Wide*>(to + i) = raw;
+        __stcg(reinterpret_cast<Access*>(to + i), raw);  // a plain assignment comes apart into single elements
       }
-    } else {
-#pragma unroll
-      for (int i = 0; i < N; ++i) to[i] = to_memory<S>(from[i]);
     }
   }
 };
@@ -181,35 +177,33 @@ struct HaarTile {
   }
 };
 
-template <class S>
+template <bool Wide, class S>
 struct HaarLoad {
   const S* from;
-  bool is_aligned;
 
   template <int N, class F>
   __device__ void run(int64_t offset, const F& value) const {
     std::remove_reference_t<decltype(value(0))> elements[N];
-    HaarRun<S, N>::load(from + offset, is_aligned, elements);
+    HaarRun<S, N, Wide>::load(from + offset, elements);
 #pragma unroll
     for (int i = 0; i < N; ++i) value(i) = elements[i];
   }
 };
 
-template <class S>
+template <bool Wide, class S>
 struct HaarStore {
   S* to;
-  bool is_aligned;
 
   template <int N, class F>
   __device__ void run(int64_t offset, const F& value) const {
     std::remove_reference_t<decltype(value(0))> elements[N];
 #pragma unroll
     for (int i = 0; i < N; ++i) elements[i] = value(i);
-    HaarRun<S, N>::store(elements, is_aligned, to + offset);
+    HaarRun<S, N, Wide>::store(elements, to + offset);
   }
 };
 
-template <class Block, bool ChannelsLast, int V, class S, class T>
+template <class Block, bool ChannelsLast, int V, bool Wide, class S, class T>
 __device__ void haar_unit(const S* from, S* to, const HaarParameters<T>& p, int64_t unit) {
   int64_t image = 0, bands = 0;
   const auto step = [&](int64_t position, int64_t image_stride, int64_t bands_stride) {
@@ -227,15 +221,15 @@ __device__ void haar_unit(const S* from, S* to, const HaarParameters<T>& p, int6
 
   HaarTile<Block, ChannelsLast, V, T> tile;
   if (p.inverse) {
-    tile.visit_bands(p.bands, p.by_colour, HaarLoad<S>{from + bands, p.is_aligned});
+    tile.visit_bands(p.bands, p.by_colour, HaarLoad<Wide, S>{from + bands});
     tile.scale(p.gains);
     tile.transform();
-    tile.visit_image(p.image, HaarStore<S>{to + image, p.is_aligned});
+    tile.visit_image(p.image, HaarStore<Wide, S>{to + image});
   } else {
-    tile.visit_image(p.image, HaarLoad<S>{from + image, p.is_aligned});
+    tile.visit_image(p.image, HaarLoad<Wide, S>{from + image});
     tile.transform();
     tile.scale(p.gains);
-    tile.visit_bands(p.bands, p.by_colour, HaarStore<S>{to + bands, p.is_aligned});
+    tile.visit_bands(p.bands, p.by_colour, HaarStore<Wide, S>{to + bands});
   }
 }
 
@@ -248,14 +242,14 @@ __global__ void __launch_bounds__(kThreads, 1)
     haar_kernel(const S* from, S* to, const __grid_constant__ HaarParameters<T> p) {
   constexpr int V = kHaarNeighbours<Block, S>;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads;
-  if (V == 1 || p.wide) {
+  if (p.wide) {
     const int64_t unit = first + threadIdx.x;
-    if (unit < p.units) haar_unit<Block, ChannelsLast, V>(from, to, p, unit);
+    if (unit < p.units) haar_unit<Block, ChannelsLast, V, true>(from, to, p, unit);
   } else {
 #pragma unroll 1
     for (int v = 0; v < V; ++v) {
       const int64_t unit = first * V + v * kThreads + threadIdx.x;
-      if (unit < p.units) haar_unit<Block, ChannelsLast, 1>(from, to, p, unit);
+      if (unit < p.units) haar_unit<Block, ChannelsLast, 1, false>(from, to, p, unit);
     }
   }
 }
@@ -284,7 +278,8 @@ HaarParameters<T> haar_parameters(const HaarShape& shape, bool by_colour, double
   HaarParameters<T> p{};
   const int64_t slots = int64_t{1} << (shape.dims * shape.levels), side = int64_t{1} << shape.levels;
   const int64_t channel_step = shape.channels_last ? 1 : shape.total() / (shape.samples * shape.colours);
-  int64_t image_stride = shape.channels_last ? shape.colours : 1, bands_stride = image_stride * (shape.channels_last ? slots : 1);
+  int64_t image_stride = shape.channels_last ? shape.colours : 1,
+          bands_stride = shape.channels_last ? shape.colours * slots : 1;
   for (int axis = shape.dims - 1; axis >= 0; --axis) {
     p.blocks[axis] = shape.blocks[axis];
     p.image.inner[axis] = image_stride;
@@ -309,8 +304,7 @@ HaarParameters<T> haar_parameters(const HaarShape& shape, bool by_colour, double
 template <class Block, bool ChannelsLast, class S, class T>
 cudaError_t haar_launch(const S* from, S* to, const HaarShape& shape, HaarParameters<T> p, cudaStream_t stream) {
   constexpr int V = kHaarNeighbours<Block, S>;
-  p.is_aligned = aligned(from) && aligned(to);
-  p.wide = (ChannelsLast ? shape.colours : shape.blocks[shape.dims - 1]) % V == 0;
+  p.wide = aligned(from) && aligned(to) && (ChannelsLast ? shape.colours : shape.blocks[shape.dims - 1]) % V == 0;
   p.units = shape.total() / (p.wide ? V : 1);
   const int64_t blocks = ceil_div(p.units, kThreads * (p.wide ? 1 : V));
   return launch(haar_kernel<Block, ChannelsLast, S, T>, blocks, stream, from, to, p);
