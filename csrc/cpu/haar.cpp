@@ -10,7 +10,7 @@
 #include <memory>
 #include <vector>
 
-#include "common/check.h"
+#include "common/haar_shape.h"
 #include "common/parallel.h"
 #include "common/rows.h"
 #include "common/tensor.h"
@@ -209,40 +209,19 @@ void transform_planes(const Side& image, const Side& bands, const Tensor& y, con
   });
 }
 
-// The shape of the other side of x.
-std::vector<int64_t> shape_after(const Tensor& x, int64_t levels, bool inverse) {
-  const int64_t n = int64_t{1} << ((x.dim() - 2) * levels), side = int64_t{1} << levels;
-  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-  if (inverse && sizes[1] % n != 0)
-    fail("haar", "x must have a multiple of ", n, " channels for the inverse of ", levels, " level(s), got ",
-         shape_of(x));
-  sizes[1] = inverse ? sizes[1] / n : sizes[1] * n;
-  for (int64_t d = 2; d < x.dim(); ++d) {
-    if (!inverse && sizes[d] % side != 0)
-      fail("haar", "the spatial sizes of x must be multiples of ", side, " for ", levels, " level(s), got ",
-           shape_of(x));
-    sizes[d] = inverse ? sizes[d] * side : sizes[d] / side;
-  }
-  return sizes;
-}
-
 Tensor haar_fwd(Tensor x, int64_t levels, bool by_colour, double gain, double average_gain, bool inverse) {
-  check_flow_variable("haar", "x", x);
-  const int64_t dims = x.dim() - 2;
-  if (dims < 1 || dims > 3)
-    fail("haar", "x must have shape (B, C, L), (B, C, H, W) or (B, C, D, H, W), got ", shape_of(x));
-  if (levels < 1 || levels > 30 / dims) fail("haar", "levels must be from 1 to ", 30 / dims, ", got ", levels);
+  const std::vector<int64_t> sizes = haar_shape(x, levels, inverse);
   const MemoryFormat format = format_of(x);
   x = as_format(x, format);
-  Tensor y = empty_in(x, shape_after(x, levels, inverse), format);
+  Tensor y = empty_in(x, sizes, format);
   if (x.numel() == 0) return y;
-  const Slots slots{dims, levels};
+  const Slots slots{x.dim() - 2, levels};
   const Tensor &image = inverse ? y : x, &bands = inverse ? x : y;
   const Side image_side = slots.image(image), bands_side = slots.bands(bands, by_colour);
   visit_compute_type(x.scalar_type(), [&](auto t) {
     using T = decltype(t);
     const std::vector<T> gains = slots.gains<T>(gain, average_gain);
-    if (dims == 2 && levels == 1 && format == MemoryFormat::Contiguous && x.scalar_type() == scalar_type_of<T>) {
+    if (x.dim() == 4 && levels == 1 && format == MemoryFormat::Contiguous && x.scalar_type() == scalar_type_of<T>) {
       return transform_planes<T>(image_side, bands_side, bands, gains, inverse);
     }
     transform<T>(slots, inverse ? bands_side : image_side, inverse ? image_side : bands_side, bands, gains, inverse);
