@@ -12,10 +12,10 @@
 
 namespace {
 
-using hflow::cuda::ActnormShape;
+using hflow::cuda::ChannelShape;
 
 struct Case {
-  ActnormShape shape;
+  ChannelShape shape;
   bool inverse;
   size_t offset;  // elements by which x and y miss a 16-byte boundary
   std::string name;
@@ -45,7 +45,7 @@ bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
 
 template <class S, class T>
 void test_case(const Case& c, double epsilon) {
-  const ActnormShape& shape = c.shape;
+  const ChannelShape& shape = c.shape;
   const int64_t n = shape.total(), channels = shape.channels, samples = shape.samples;
   const auto channel_of = [&](int64_t e) { return shape.by_rows ? e / shape.pixels % channels : e % channels; };
   const std::vector<S> x = random<S>(n, 1), grad_y = random<S>(n, 2);
@@ -117,12 +117,12 @@ void test_case(const Case& c, double epsilon) {
 
 template <class S, class T>
 void test_type(const char* type, double epsilon) {
-  const ActnormShape shapes[] = {
+  const ChannelShape shapes[] = {
       {2, 3, 64, true},   {3, 5, 49, true},  {1, 4, 1030, true}, {2, 1, 3, true},     {9, 2, 2, true},
       {2, 3, 64, false},  {3, 5, 49, false}, {7, 12, 33, false}, {4, 37, 3, false},   {1, 1, 1, false},
       {0, 3, 4, true},   {2, 0, 4, true},    {2, 3, 0, false},
   };
-  for (const ActnormShape& shape : shapes) {
+  for (const ChannelShape& shape : shapes) {
     for (bool inverse : {false, true}) {
       for (size_t offset : {0, 1}) {
         const std::string name = std::string(type) + " (" + std::to_string(shape.samples) + ", " +

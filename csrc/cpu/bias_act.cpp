@@ -10,12 +10,11 @@
 #include <type_traits>
 #include <vector>
 
-#include "common/check.h"
+#include "common/bias_act_check.h"
 #include "common/parallel.h"
 #include "common/rows.h"
 #include "common/tensor.h"
 #include "cpu/channel_plan.h"
-#include "network_formulas.h"
 
 namespace hflow {
 namespace {
@@ -187,21 +186,8 @@ void backward(const Tiles<T>& tiles, Memory x, Memory grad_y, Memory grad_x, dou
     grad_bias[tiles.channel_of_partial(i)] += partial[i];
 }
 
-// An empty vector stands for no bias and for no residual.
-bool is_absent(const Tensor& tensor) { return tensor.dim() == 1 && tensor.numel() == 0; }
-
-void check(const Tensor& x, const Tensor& bias, const Tensor& residual, int64_t activation) {
-  check_flow_variable("bias_act", "x", x);
-  check_floating("bias_act", "bias", bias);
-  check_floating("bias_act", "residual", residual);
-  if (!is_absent(bias)) check_shape("bias_act", "bias", bias, {x.size(1)});
-  if (!is_absent(residual)) check_like("bias_act", "residual", residual, x, x.size(1));
-  if (activation < 0 || activation >= kActivations)
-    fail("bias_act", "activation must be from 0 to ", kActivations - 1, ", got ", activation);
-}
-
 Tensor bias_act_fwd(Tensor x, Tensor bias, Tensor residual, int64_t activation, double slope, double gain) {
-  check(x, bias, residual, activation);
+  check_bias_act(x, bias, residual, activation);
   const MemoryFormat format = format_of(x);
   const bool merges = !is_absent(residual);
   x = as_format(x, format), bias = as_format(bias, MemoryFormat::Contiguous);
@@ -222,7 +208,7 @@ Tensor bias_act_fwd(Tensor x, Tensor bias, Tensor residual, int64_t activation, 
 
 std::tuple<Tensor, Tensor, Tensor> bias_act_bwd(Tensor x, Tensor bias, Tensor residual, Tensor grad_y,
                                                 int64_t activation, double slope, double gain) {
-  check(x, bias, residual, activation);
+  check_bias_act(x, bias, residual, activation);
   check_floating("bias_act", "grad_y", grad_y);
   check_like("bias_act", "grad_y", grad_y, x, x.size(1));
   const MemoryFormat format = format_of(x);

@@ -8,7 +8,7 @@
 #include <algorithm>
 #include <memory>
 
-#include "common/check.h"
+#include "common/instance_norm_check.h"
 #include "common/parallel.h"
 #include "common/rows.h"
 #include "common/tensor.h"
@@ -239,16 +239,8 @@ void for_blocks(const Tensor& x, MemoryFormat format, const F& f) {
   });
 }
 
-void check(const Tensor& x, double epsilon) {
-  check_flow_variable("instance_norm", "x", x);
-  if ((pixels_of(x) == 1 ? x.size(1) : pixels_of(x)) == 1)
-    fail("instance_norm", "x must have more than one pixel, or more than one channel of a single pixel, got ",
-         shape_of(x));
-  if (!(epsilon > 0)) fail("instance_norm", "epsilon must be above 0, got ", epsilon);
-}
-
 Tensor instance_norm_fwd(Tensor x, double epsilon) {
-  check(x, epsilon);
+  check_instance_norm(x, epsilon);
   const MemoryFormat format = format_of(x);
   x = as_format(x, format);
   Tensor y = empty_in(x, format);
@@ -271,7 +263,7 @@ Tensor instance_norm_fwd(Tensor x, double epsilon) {
 }
 
 Tensor instance_norm_bwd(Tensor x, Tensor grad_y, double epsilon) {
-  check(x, epsilon);
+  check_instance_norm(x, epsilon);
   check_floating("instance_norm", "grad_y", grad_y);
   check_like("instance_norm", "grad_y", grad_y, x, x.size(1));
   const MemoryFormat format = format_of(x);

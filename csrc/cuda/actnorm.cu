@@ -15,7 +15,7 @@ namespace {
 struct Inputs {
   MemoryFormat format;
   Tensor x, log_scale, bias;  // x dense in `format`; the others contiguous, in the compute type
-  cuda::ActnormShape shape;
+  cuda::ChannelShape shape;
 
   Inputs(const Tensor& x, const Tensor& log_scale, const Tensor& bias) : format(format_of(x)) {
     check_flow_variable("actnorm", "x", x);

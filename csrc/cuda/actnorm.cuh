@@ -1,86 +1,13 @@
 // actnorm on CUDA: y = x·e^s + b per channel, its inverse and backward. Torch-free: raw pointers and a stream.
 //
-// Bound by memory: forward reads x and writes y, backward reads x and grad_y and writes grad_x, in 16-byte accesses.
-//   contiguous      A block works on one channel of all samples, so its scale is one register. A thread's vector is a
-//                   16-byte window of memory; where a row of pixels starts or ends inside it, its elements are accessed
-//                   singly.
-//   channels_last   The grid walks all elements; its stride is a multiple of C, so the channels of a thread's elements
-//                   never change, and their scales and sums stay in registers, too.
-// Backward's channel sums go through one partial sum per block and a second small kernel: no atomics. Grids depend on
-// the shape alone, so results have the same bits from run to run and from GPU to GPU.
+// Bound by memory: forward reads x and writes y, backward reads x and grad_y and writes grad_x, in 16-byte accesses of
+// channel_grid.cuh. Backward's channel sums go through one partial sum per block and a second small kernel: no atomics.
 #pragma once
 
-#include <algorithm>
-#include <numeric>
-
 #include "common/vector_math.h"
-#include "cuda/device.cuh"
+#include "cuda/channel_grid.cuh"
 
 namespace hflow::cuda {
-
-constexpr int64_t kVectorsPerThread = 4;  // enough to pay for a thread's scales
-constexpr int64_t kMaxBlocks = 2048;      // fill the largest target twice over; more would only add partial sums
-
-struct ActnormShape {
-  int64_t samples, channels, pixels;
-  bool by_rows;  // contiguous, and more than one pixel
-
-  __host__ __device__ int64_t total() const { return samples * channels * pixels; }
-};
-
-// How a grid covers the elements in vectors of V.
-template <int V, bool ByRows>
-struct ActnormGrid {
-  static constexpr int vector = V;
-  static constexpr bool by_rows = ByRows;
-  static constexpr int kinds = ByRows ? 1 : V;  // different channels among the elements of a thread's vectors
-  ActnormShape shape;
-
-  // Windows of V elements that a row touches. Every row starts at a multiple of `pixels`, not always at one of V.
-  __host__ __device__ int64_t windows() const { return shape.pixels / V + (shape.pixels % V == 0 ? 0 : 2); }
-
-  int64_t blocks() const {
-    constexpr int64_t share = kThreads * kVectorsPerThread;
-    if (shape.total() == 0) return 1;
-    if (ByRows) {
-      const int64_t most = std::max<int64_t>(1, kMaxBlocks / shape.channels);
-      return shape.channels * std::min(most, ceil_div(shape.samples * windows(), share));
-    }
-    // Blocks in multiples of this keep the stride a multiple of C.
-    const int64_t step = shape.channels / std::gcd(shape.channels, int64_t{kThreads} * V);
-    return ceil_div(std::min(kMaxBlocks, ceil_div(shape.total(), share * V)), step) * step;
-  }
-
-  // Partial sums per channel: the blocks that work on it, or (channels_last) may do so.
-  __host__ __device__ static int64_t parts(int64_t blocks, int64_t channels) {
-    return ByRows ? blocks / channels : blocks;
-  }
-
-  // The channel of element i of this thread's vectors.
-  __device__ int64_t channel(int i) const {
-    return (ByRows ? blockIdx.x : (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * V + i) % shape.channels;
-  }
-
-  // f(offset, low, high) for this thread's vectors: elements [offset + low, offset + high) are its own.
-  template <class F>
-  __device__ void walk(const F& f) const {
-    if constexpr (ByRows) {
-      const int64_t channel = blockIdx.x % shape.channels;
-      const int64_t part = blockIdx.x / shape.channels, parts = gridDim.x / shape.channels;
-      for (int64_t i = part * kThreads + threadIdx.x; i < shape.samples * windows(); i += parts * kThreads) {
-        const int64_t begin = (i / windows() * shape.channels + channel) * shape.pixels, end = begin + shape.pixels;
-        const int64_t offset = (begin / V + i % windows()) * V;
-        if (offset < end)
-          f(offset, static_cast<int>(max(begin - offset, int64_t{0})), static_cast<int>(min(end - offset, int64_t{V})));
-      }
-    } else {
-      const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads * V;
-      for (int64_t offset = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * V; offset < shape.total();
-           offset += stride)
-        f(offset, 0, static_cast<int>(min(shape.total() - offset, int64_t{V})));
-    }
-  }
-};
 
 // y = (x − center)·scale + shift, with center = 0 forward and shift = 0 in the inverse.
 template <class T>
@@ -94,7 +21,7 @@ struct ChannelAffine {
 
 // log_det = ±pixels·Σ log_scale, the same for every sample; work for one block.
 template <class T>
-__device__ void write_log_det(const T* log_scale, T* log_det, const ActnormShape& shape, bool inverse) {
+__device__ void write_log_det(const T* log_scale, T* log_det, const ChannelShape& shape, bool inverse) {
   double sum = 0;
   for (int64_t c = threadIdx.x; c < shape.channels; c += kThreads) sum += static_cast<double>(log_scale[c]);
   const double total = (inverse ? -1.0 : 1.0) * static_cast<double>(shape.pixels) * block_sum(sum);
@@ -151,39 +78,14 @@ __global__ void __launch_bounds__(kThreads)
     }
     store(grads, low, high, grad_x + offset);
   });
-
-  const int64_t channels = grid.shape.channels, parts = Grid::parts(gridDim.x, channels);
-  if constexpr (Grid::by_rows) {
-#pragma unroll
-    for (int q = 0; q < 2; ++q) {
-      const T sum = block_sum(sums[q][0]);
-      if (threadIdx.x == 0) partial[q * parts * channels + blockIdx.x] = sum;
-    }
-  } else {
-    // Element e of the block belongs to channel (first + e) % channels; each channel's elements are added in order.
-    constexpr int count = kThreads * Grid::vector;
-    __shared__ SharedArray<T, count> elements;
-    const int64_t first = static_cast<int64_t>(blockIdx.x) * count % channels;
-#pragma unroll
-    for (int q = 0; q < 2; ++q) {
-      __syncthreads();
-#pragma unroll
-      for (int i = 0; i < Grid::vector; ++i) elements[threadIdx.x * Grid::vector + i] = sums[q][i];
-      __syncthreads();
-      for (int64_t c = threadIdx.x; c < channels; c += kThreads) {
-        T sum = 0;
-        for (int64_t e = (c - first + channels) % channels; e < count; e += channels) sum += elements[e];
-        partial[(q * parts + blockIdx.x) * channels + c] = sum;
-      }
-    }
-  }
+  store_channel_sums(grid, sums, partial);
 }
 
 // One block per channel: the parts in order, then the chain rule through e^±s, and the log-det's share.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     actnorm_channel_gradients_kernel(const T* log_scale, const T* partial, int64_t parts, const T* grad_log_det,
-                                     T* grad_log_scale, T* grad_bias, ActnormShape shape, bool inverse) {
+                                     T* grad_log_scale, T* grad_bias, ChannelShape shape, bool inverse) {
   const int64_t c = blockIdx.x;
   double sums[2] = {}, from_log_det = 0;
   for (int64_t part = threadIdx.x; part < parts; part += kThreads)
@@ -199,19 +101,11 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- Launches ----
 
-// f(grid) with the widest vectors that the pointers allow.
-template <class S, class F>
-auto with_grid(const ActnormShape& shape, bool is_aligned, const F& f) {
-  constexpr int V = kVector<S>;
-  if (shape.by_rows) return is_aligned ? f(ActnormGrid<V, true>{shape}) : f(ActnormGrid<1, true>{shape});
-  return is_aligned ? f(ActnormGrid<V, false>{shape}) : f(ActnormGrid<1, false>{shape});
-}
-
 // S is the type of x, y and their gradients; T, float or double, of all else. x and y are dense in one format.
 template <class S, class T>
-cudaError_t actnorm_forward(const S* x, const T* log_scale, const T* bias, S* y, T* log_det, const ActnormShape& shape,
+cudaError_t actnorm_forward(const S* x, const T* log_scale, const T* bias, S* y, T* log_det, const ChannelShape& shape,
                             bool inverse, cudaStream_t stream) {
-  return with_grid<S>(shape, aligned(x) && aligned(y), [&](auto grid) {
+  return with_channel_grid<S>(shape, aligned(x) && aligned(y), [&](auto grid) {
     using Grid = decltype(grid);
     return launch(actnorm_forward_kernel<Grid, S, T>, grid.blocks(), stream, x, log_scale, bias, y, log_det, grid,
                   inverse);
@@ -220,21 +114,19 @@ cudaError_t actnorm_forward(const S* x, const T* log_scale, const T* bias, S* y,
 
 // How many T actnorm_backward needs in `partial`.
 template <class S>
-int64_t actnorm_partial_size(const ActnormShape& shape, bool is_aligned) {
-  if (shape.total() == 0) return 0;
-  return with_grid<S>(shape, is_aligned,
-                      [&](auto grid) { return 2 * shape.channels * grid.parts(grid.blocks(), shape.channels); });
+int64_t actnorm_partial_size(const ChannelShape& shape, bool is_aligned) {
+  return 2 * channel_sums_size<S>(shape, is_aligned);
 }
 
 template <class S, class T>
 cudaError_t actnorm_backward(const S* x, const T* log_scale, const T* bias, const S* grad_y, const T* grad_log_det,
-                             S* grad_x, T* grad_log_scale, T* grad_bias, T* partial, const ActnormShape& shape,
+                             S* grad_x, T* grad_log_scale, T* grad_bias, T* partial, const ChannelShape& shape,
                              bool inverse, cudaStream_t stream) {
   if (shape.channels == 0) return cudaSuccess;
   int64_t parts = 0;
   if (shape.total() > 0) {
     const bool is_aligned = aligned(x) && aligned(grad_y) && aligned(grad_x);
-    const cudaError_t error = with_grid<S>(shape, is_aligned, [&](auto grid) {
+    const cudaError_t error = with_channel_grid<S>(shape, is_aligned, [&](auto grid) {
       using Grid = decltype(grid);
       const int64_t blocks = grid.blocks();
       parts = grid.parts(blocks, shape.channels);
