@@ -82,10 +82,11 @@ struct AlternatingInverseOdd {
   HFLOW_HD constexpr double operator()(int k) const { return (k % 2 ? -1.0 : 1.0) / (2 * k + 1); }
 };
 
-// 2ⁿ for |n| within the normal exponents.
+// 2ⁿ for |n| within the normal exponents; for others, which come with NaN, anything.
 template <class T>
 HFLOW_HD T power_of_two(typename Traits<T>::Int n) {
-  return bits<T>((n + Traits<T>::bias) << Traits<T>::mantissa);
+  using Unsigned = std::make_unsigned_t<typename Traits<T>::Int>;
+  return bits<T>(static_cast<Unsigned>(n + Traits<T>::bias) << Traits<T>::mantissa);
 }
 
 // x = n·ln 2 + r with |r| ≤ ln 2 / 2; returns eʳ − 1.

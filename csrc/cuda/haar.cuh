@@ -110,7 +110,7 @@ struct HaarRun {
       } else {
         Access raw;
         memcpy(&raw, elements, sizeof(raw));
-        __stcg(reinterpret_cast<Access*>(to + i), raw);  // a plain assignment comes apart into single elements
+        __stwb(reinterpret_cast<Access*>(to + i), raw);  // a plain assignment comes apart into single elements
       }
     }
   }
