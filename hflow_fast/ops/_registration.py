@@ -104,6 +104,8 @@ def register_autograd(
     a small kernel. What is returned goes straight to ``function`` and to the kernel below autograd where nothing else
     listens: no tracing, no function transform, no autocast, no subclass of tensors. Dispatch modes still see the call.
     """
+    # Without torch.autograd.Function.apply's search for what function transforms left behind, done here for tensors.
+    apply = super(torch.autograd.Function, function).apply
 
     def below_autograd(*arguments: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
@@ -125,7 +127,7 @@ def register_autograd(
         if not _only_autograd_listens(inputs):
             return forward_op(*arguments)
         if _needs_gradient(inputs):
-            return function.apply(below_autograd, arguments[tensors:], *inputs)
+            return apply(below_autograd, arguments[tensors:], *inputs)
         return below_autograd(*arguments)
 
     _library.impl(forward_op.name().removeprefix("hflow_fast::"), kernel, "Autograd", with_keyset=True)
@@ -134,7 +136,8 @@ def register_autograd(
 
 def _only_autograd_listens(inputs: tuple[torch.Tensor, ...]) -> bool:
     for tensor in inputs:
-        if type(tensor) is not torch.Tensor and type(tensor) is not torch.nn.Parameter:
+        plain = type(tensor) is torch.Tensor or type(tensor) is torch.nn.Parameter
+        if not plain or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
             return False
     return not (
         torch._C._are_functorch_transforms_active()
