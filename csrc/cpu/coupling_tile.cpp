@@ -74,7 +74,12 @@ CouplingTile<T>::CouplingTile(const CouplingPlan& plan, const CouplingOptions& o
       x_(x),
       raw_(raw) {
   const CouplingGeometry& g = plan.geometry;
-  if (!g.spatial) return;
+  if (!g.spatial) {
+    mask_lines_.assign(2 * kCouplingTile, T(1));
+    for (int64_t e = kCouplingTile; plan.lead > 0 && e < 2 * kCouplingTile; e += plan.period)
+      std::fill_n(mask_lines_.data() + e, std::min(plan.lead, 2 * kCouplingTile - e), T(0));
+    return;
+  }
   const int64_t line = g.width * plan.channel_stride;
   mask_lines_.resize(2 * line);
   for (int64_t e = 0; e < 2 * line; ++e) {
@@ -83,20 +88,19 @@ CouplingTile<T>::CouplingTile(const CouplingPlan& plan, const CouplingOptions& o
   }
 }
 
+// The mask of a range. Where the set is not spatial it is all ones, for ranges without passive elements.
 template <class T>
-void CouplingTile<T>::fill_mask(int64_t begin, int64_t n, T* mask) const {
+const T* CouplingTile<T>::mask_of(int64_t begin, int64_t n, T* buffer) const {
   const CouplingGeometry& g = plan_.geometry;
-  if (!g.spatial) {
-    std::fill_n(mask, n, T(1));
-    return;
-  }
+  if (!g.spatial) return mask_lines_.data();
   const int64_t line = g.width * plan_.channel_stride;
   int64_t i = begin / line % g.height, j = begin % line;
   for (int64_t e = 0; e < n; j = 0, i = i + 1 == g.height ? 0 : i + 1) {
     const int64_t length = std::min(n - e, line - j);
-    std::copy_n(mask_lines_.data() + g.row_side(i) * line + j, length, mask + e);
+    std::copy_n(mask_lines_.data() + g.row_side(i) * line + j, length, buffer + e);
     e += length;
   }
+  return buffer;
 }
 
 // f(raw offset relative to *_at, tile offset, runs) for the raw values of whole periods.
@@ -152,17 +156,21 @@ void CouplingTile<T>::for_segments(int64_t begin, int64_t n, const F& f) const {
 
 template <class T>
 void CouplingTile<T>::forward(int64_t begin, int64_t n, T* y, T* log_scale) const {
-  alignas(64) T x_buffer[kCouplingTile], mask[kCouplingTile];
-  alignas(64) T s_buffer[kCouplingTile] = {}, t_buffer[kCouplingTile] = {};  // passive elements are gathered by nobody
+  alignas(64) T x_buffer[kCouplingTile], mask_buffer[kCouplingTile], s_buffer[kCouplingTile], t_buffer[kCouplingTile];
   const T* x = load(x_, begin, n, x_buffer);
-  fill_mask(begin, n, mask);
+  const T* mask = mask_of(begin, n, mask_buffer);
   const auto run = [&](int64_t e, int64_t length, const T* s, const T* t) {
-    run_coupling<Forward, T>(map_, shift_before_, x + e, s, t, static_cast<const T*>(mask) + e, y + e,
+    run_coupling<Forward, T>(map_, shift_before_, x + e, s, t, mask + e, y + e,
                              log_scale + e, length, parameters_);
   };
   if (gathers() && begin % plan_.period == 0 && n % plan_.period == 0) {
+    if (plan_.lead > 0) {
+      mask = whole_periods_mask();
+      std::fill_n(s_buffer, n, T(0)), std::fill_n(t_buffer, n, T(0));  // passive elements are gathered by nobody
+    } else if (map_ == ScaleMap::none) {
+      std::fill_n(s_buffer, n, T(0));
+    }
     gather_raw(begin, n, s_buffer, t_buffer);
-    for (int64_t e = 0; plan_.lead > 0 && e < n; e += plan_.period) std::fill_n(mask + e, plan_.lead, T(0));
     run(0, n, s_buffer, t_buffer);
     return;
   }
@@ -182,18 +190,22 @@ void CouplingTile<T>::forward(int64_t begin, int64_t n, T* y, T* log_scale) cons
 template <class T>
 void CouplingTile<T>::backward(int64_t begin, int64_t n, const T* grad_y, const T* grad_log_det, T* y, T* grad_x,
                                Memory grad_raw) const {
-  alignas(64) T x_buffer[kCouplingTile], mask[kCouplingTile];
-  alignas(64) T s_buffer[kCouplingTile] = {}, t_buffer[kCouplingTile] = {};  // passive elements are gathered by nobody
+  alignas(64) T x_buffer[kCouplingTile], mask_buffer[kCouplingTile], s_buffer[kCouplingTile], t_buffer[kCouplingTile];
   alignas(64) T grad_s[kCouplingTile], grad_t[kCouplingTile];
   const T* x = load(x_, begin, n, x_buffer);
-  fill_mask(begin, n, mask);
+  const T* mask = mask_of(begin, n, mask_buffer);
   const auto run = [&](int64_t e, int64_t length, const T* s, const T* t, T* gs, T* gt) {
-    run_coupling<Backward, T>(map_, shift_before_, x + e, s, t, static_cast<const T*>(mask) + e, grad_y + e,
+    run_coupling<Backward, T>(map_, shift_before_, x + e, s, t, mask + e, grad_y + e,
                               grad_log_det + e, y + e, grad_x + e, gs, gt, length, parameters_);
   };
   if (gathers() && begin % plan_.period == 0 && n % plan_.period == 0) {
+    if (plan_.lead > 0) {
+      mask = whole_periods_mask();
+      std::fill_n(s_buffer, n, T(0)), std::fill_n(t_buffer, n, T(0));  // passive elements are gathered by nobody
+    } else if (map_ == ScaleMap::none) {
+      std::fill_n(s_buffer, n, T(0));
+    }
     gather_raw(begin, n, s_buffer, t_buffer);
-    for (int64_t e = 0; plan_.lead > 0 && e < n; e += plan_.period) std::fill_n(mask + e, plan_.lead, T(0));
     run(0, n, s_buffer, t_buffer, grad_s, grad_t);
     scatter_raw(begin, n, grad_s, grad_t, grad_raw);
     return;

@@ -48,7 +48,8 @@ class CouplingTile {
  private:
   // Short segments are gathered, whole periods at a time; longer ones are walked one by one and read in place.
   bool gathers() const { return std::min(plan_.segment, plan_.active) < 64 && plan_.period <= kCouplingTile; }
-  void fill_mask(int64_t begin, int64_t n, T* mask) const;
+  const T* mask_of(int64_t begin, int64_t n, T* buffer) const;
+  const T* whole_periods_mask() const { return mask_lines_.data() + kCouplingTile; }
   void gather_raw(int64_t begin, int64_t n, T* scale, T* shift) const;
   void scatter_raw(int64_t begin, int64_t n, const T* scale, const T* shift, Memory grad_raw) const;
   template <class F>
@@ -61,7 +62,7 @@ class CouplingTile {
   CouplingParameters<T> parameters_;
   bool shift_before_;
   Memory x_, raw_;
-  std::vector<T> mask_lines_;  // of spatial sets: the two kinds of image rows
+  std::vector<T> mask_lines_;  // of spatial sets the two kinds of image rows; else a tile of ones and one of periods
 };
 
 }  // namespace hflow

@@ -212,7 +212,7 @@ def _inputs(op: Op, bf16_raw: bool) -> Iterator[Input]:
 
 
 def _cases(name: str, op: Op, given: Input, device: torch.device) -> Iterator[Case]:
-    def outputs_of(function: Callable, tensors: list[Tensor]) -> tuple[Tensor, ...]:
+    def outputs_of(function: Callable, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         outputs = function(*tensors)
         return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
@@ -230,12 +230,17 @@ def _cases(name: str, op: Op, given: Input, device: torch.device) -> Iterator[Ca
 
     def forward_backward(module: Any, wrap: Callable[[Callable], Callable]) -> Function:
         function = function_of(module, wrap)
-        leaves = [tensor.requires_grad_() for tensor in op.tensors(given, Random(device))]
+        leaves = tuple(tensor.requires_grad_() for tensor in op.tensors(given, Random(device)))
         gradients = [torch.ones_like(output) for output in outputs_of(function_of(ops, _as_it_is), leaves)]
 
         def call() -> object:
             moving = [(o, g) for o, g in zip(outputs_of(function, leaves), gradients) if o.requires_grad]
-            return torch.autograd.grad([o for o, _ in moving], leaves, [g for _, g in moving])
+            outputs, grads = zip(*moving)
+            # What torch.autograd.grad does once it has checked its arguments, which a training step does once for all
+            # its operations: retain_graph, create_graph, the leaves, allow_unused, accumulate into .grad.
+            return torch.autograd.Variable._execution_engine.run_backward(
+                outputs, grads, False, False, leaves, False, accumulate_grad=False
+            )
 
         return call
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from hflow_fast import reference
-from hflow_fast._checks import check_channels, check_flow_variable
+from hflow_fast._checks import check_channels, check_flow_variable, compute_dtype
 from hflow_fast._extension import has_kernel
 from hflow_fast.ops._registration import empty_like_in, format_of, register
 
@@ -13,6 +15,7 @@ __all__ = ["conv1x1"]
 
 _KERNEL_CHANNELS = 32
 _CHANNELS_LAST_CHANNELS = 12  # on a processor, where that is a matrix product without a transpose
+_THIN = 6  # channels per pixel of a sample from which, on a processor, one product for all samples is faster
 
 
 def conv1x1(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -45,10 +48,29 @@ def conv1x1(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
     if not has_kernel("conv1x1", x.device) or x.dim() < 2 or x.shape[1] > _most_channels(x):
         if x.dtype in (torch.bfloat16, torch.float16) and torch.is_autocast_enabled(x.device.type):
             x = x.float()  # as the kernel does: flow variables keep their precision
+        pixels = math.prod(x.shape[2:])
+        if x.device.type == "cpu" and x.is_contiguous() and 1 < pixels <= x.shape[1] // _THIN:
+            return _one_product(x, weight, bias)
         return reference.conv1x1(x, weight, bias)
     if bias is None:
         bias = weight.new_zeros(x.shape[1])
     return _kernel(x, weight, bias)
+
+
+def _one_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The reference, with the pixels of all samples in one matrix: a product per sample would be a thin one, and give
+    the weight a gradient per sample. Worth two copies of x."""
+    shape, dtype = x.shape, compute_dtype(x)
+    check_flow_variable("conv1x1", x)
+    check_channels("conv1x1", x, (shape[1], shape[1]), weight=weight)
+    columns = x.flatten(2).transpose(0, 1).flatten(1).to(dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        if bias is None:
+            y = weight.to(dtype) @ columns
+        else:
+            check_channels("conv1x1", x, (shape[1],), bias=bias)
+            y = torch.addmm(bias.to(dtype)[:, None], weight.to(dtype), columns)
+    return y.to(x.dtype).unflatten(1, (shape[0], math.prod(shape[2:]))).transpose(0, 1).contiguous().view(shape)
 
 
 def _most_channels(x: torch.Tensor) -> int:

@@ -50,13 +50,18 @@ def test_matches_the_reference(shape, dtype, memory, float32_parameters):
 
 @pytest.mark.parametrize("function", [conv1x1, reference.conv1x1])
 @pytest.mark.parametrize("memory", MEMORY)
-@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 40, 4, 5), (3, 40, 1, 1), (2, 5, 7), (2, 40, 7), (4, 40)])
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 3, 4, 5), (2, 40, 4, 5), (3, 40, 2, 3), (0, 40, 2, 3), (3, 40, 1, 1),
+     (2, 5, 7), (2, 40, 7), (2, 40, 3), (4, 40)],
+)  # fmt: skip
 def test_is_a_matrix_per_pixel(function, shape, memory):
     x, weight, bias = inputs(shape, memory=memory)
     expected = by_definition(x, weight, bias)
     torch.testing.assert_close(function(x, weight, bias), expected, rtol=1e-12, atol=1e-12)
     expected = by_definition(x, weight, torch.zeros_like(bias))
     torch.testing.assert_close(function(x, weight), expected, rtol=1e-12, atol=1e-12)
+    assert function(x, weight).stride() == reference.conv1x1(x, weight).stride()
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (2, 2, 3), (2, 3, 2, 2), (2, 14, 2, 2)])
