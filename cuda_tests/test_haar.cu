@@ -1,5 +1,5 @@
-// The kernels of csrc/cuda/haar.cuh against one level after another in double on the host: dimensions, levels, dtypes, both
-// memory formats and channel orders, gains, both directions, sizes that fill vectors and that do not, unaligned memory.
+// The kernels of csrc/cuda/haar.cuh against one level after another in double on the host: dimensions, levels, dtypes,
+// memory formats, channel orders, gains, both directions, sizes that fill vectors and that do not, unaligned memory.
 #include "cuda/haar.cuh"
 
 #include <cmath>

@@ -35,7 +35,8 @@ Expected invert(std::vector<long double> a, int n) {
     int p = -1, q = -1;
     for (int i = 0; i < n; ++i)
       for (int j = 0; j < n; ++j)
-        if (!row_used[i] && !column_used[j] && (p < 0 || std::fabs(a[i * n + j]) > std::fabs(a[p * n + q]))) p = i, q = j;
+        if (!row_used[i] && !column_used[j] && (p < 0 || std::fabs(a[i * n + j]) > std::fabs(a[p * n + q])))
+          p = i, q = j;
     row_used[p] = column_used[q] = true;
     row_of[q] = p;
     const long double pivot = a[p * n + q];

@@ -1,7 +1,7 @@
 // lu on the CPU: log|det W| and W⁻¹ of many small matrices by one LU factorisation each, in float64 whatever the input.
 //
-// Threads: matrices, of all stacks together. Bytes: one read and one write of every matrix; the work is 8/3·n³ flops per
-// matrix, in L1 for the sizes that flows use. All inner loops run along rows, so they vectorise.
+// Threads: matrices, of all stacks together. Bytes: one read and one write of every matrix; the work is 8/3·n³ flops
+// per matrix, in L1 for the sizes that flows use. All inner loops run along rows, so they vectorise.
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
@@ -70,7 +70,8 @@ struct FactorAndInvert {
         std::swap(rows[k], rows[pivot]);
       }
       const double diagonal = a[k * n + k];
-      if (!(std::fabs(diagonal) > kSingularPivot * rows[k] * columns[k])) return undefined(inverse, n, -inf, log_abs_det);
+      const bool regular = std::fabs(diagonal) > kSingularPivot * rows[k] * columns[k];
+      if (!regular) return undefined(inverse, n, -inf, log_abs_det);
       log_sum += std::log(std::fabs(diagonal));
       for (int64_t i = k + 1; i < n; ++i) {
         const double factor = a[i * n + k] / diagonal;

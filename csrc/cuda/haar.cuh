@@ -36,7 +36,9 @@ struct HaarBlock {
                 << (Dims * (Levels - 1 - level) + Dims - 1 - axis);
     return slot;
   }
-  __host__ __device__ static constexpr int band(int slot, int level) { return slot >> (Dims * (Levels - 1 - level)) & ((1 << Dims) - 1); }
+  __host__ __device__ static constexpr int band(int slot, int level) {
+    return slot >> (Dims * (Levels - 1 - level)) & ((1 << Dims) - 1);
+  }
   // The slot with the levels in the opposite order.
   __host__ __device__ static constexpr int reversed(int slot) {
     int reversed = 0;

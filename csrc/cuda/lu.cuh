@@ -1,8 +1,8 @@
 // lu on CUDA: log|det W| and W⁻¹ of many small matrices, of stacks of different sizes and dtypes, in one launch, in
 // float64 whatever the input. Torch-free: raw pointers and a stream.
 //
-// In-place Gauss–Jordan with partial pivoting. A step exchanges y_p and x_k in y = A x, p being the pivot's row, so no
-// rows are swapped: in the end row p of step k holds row k of the inverse, its column j belonging to the row p of step j.
+// In-place Gauss–Jordan with partial pivoting. Step k exchanges y_p and x_k in y = A x, p being the pivot's row, so no
+// rows are swapped: in the end that row holds row k of the inverse, its column j belonging to the row p of step j.
 //   up to 8 × 8   Eight lanes per matrix, a row of it in the registers of each; rows travel by shuffles. Four matrices
 //                 per warp: what counts is the latency of a step, about one division and two rounds of shuffles.
 //   up to 64 × 64  A block per matrix, which lies in shared memory; warps own rows, lanes columns, so that an update
@@ -143,8 +143,9 @@ __device__ inline void lu_in_registers(const LuStack& stack, int64_t block) {
     const double factor = is_pivot ? scale : -a[k] * scale;
 #pragma unroll
     for (int j = 0; j < size; ++j) {
+      if (j == k) continue;
       const double from_pivot = __shfl_sync(kWholeWarp, a[j], p, size);
-      if (j != k) a[j] = factor * from_pivot + (is_pivot ? 0.0 : a[j]);
+      a[j] = factor * from_pivot + (is_pivot ? 0.0 : a[j]);
     }
     a[k] = factor;
     pivot_rows[k] = p;
@@ -164,7 +165,8 @@ __device__ inline void lu_in_registers(const LuStack& stack, int64_t block) {
 
 // ---- A block per matrix ----
 
-// The row of the largest |column[i·stride]| among those not used, in every lane; a lane looks at i = lane and lane + 32.
+// The row of the largest element of a column among those not used, in every lane; a lane looks at rows `lane` and
+// `lane` + 32.
 __device__ inline int warp_pivot(const DynamicShared<double>& matrix, int column, int stride, int n,
                                  const bool (&used)[2]) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -252,9 +254,9 @@ __device__ inline void lu_in_shared(const LuStack& stack, int64_t block) {
     if (thread == 0) log_abs_det[block] = static_cast<T>(outcome.log_abs_det(log_sum));
     for (int e = thread; e < n * n; e += kLuThreads) {
       const int k = e / n, j = e % n;
-      // Without pivots, to any place.
       const double value = is_defined ? static_cast<double>(matrix[pivot_rows[k] * stride + j]) : 0;
-      inverse[begin + k * n + (is_defined ? static_cast<int>(pivot_rows[j]) : j)] = static_cast<T>(outcome.inverse(value));
+      const int column = is_defined ? static_cast<int>(pivot_rows[j]) : j;
+      inverse[begin + k * n + column] = static_cast<T>(outcome.inverse(value));
     }
   });
 }

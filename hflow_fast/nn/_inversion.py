@@ -17,9 +17,10 @@ _ONE_DIGIT = 0.1
 def invert(weight: Tensor, layer: str) -> Tensor:
     r"""The inverse of matrices in float64, to be rounded once, when everything else is folded in.
 
-    The round trip x → W x → W⁻¹ W x in floating point of precision ε is off by up to ε·‖\|W⁻¹\|·\|W\|‖ times x, since W x
-    is itself rounded: nothing that an inverse does afterwards brings that back. Warns where less than a digit is left.
-    Looking stalls the device, so only where gradients are off, when layers keep the result, and not in a CUDA graph.
+    The round trip x → W x → W⁻¹ W x in floating point of precision ε is off by up to ε·‖\|W⁻¹\|·\|W\|‖ times x, since
+    W x is itself rounded: nothing that an inverse does afterwards brings that back. Warns where less than a digit is
+    left. Looking stalls the device, so only where gradients are off, when layers keep the result, and not in a CUDA
+    graph.
 
     Args:
         weight: (C, C) or (N, C, C), exactly what the forward direction multiplies by.

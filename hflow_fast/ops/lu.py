@@ -24,9 +24,9 @@ def lu(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     .. math:: \bar W = \bar\ell\, W^{-\top} - W^{-\top}\, \overline{W^{-1}}\, W^{-\top}
 
-    Nothing is raised for a matrix without an inverse, since looking would stall the device. A singular one has log\|det\|
-    −inf and an inverse of NaN; so has one that float64 cannot tell from a singular one, where a pivot is below 2⁻⁴² of
-    its row and column (no matter how those are scaled). A matrix with a NaN or an infinity gives NaN for both.
+    Nothing is raised for a matrix without an inverse, since looking would stall the device. A singular one has
+    log\|det\| −inf and an inverse of NaN; so has one that float64 cannot tell from a singular one, where a pivot is below
+    2⁻⁴² of its row and column (no matter how those are scaled). A matrix with a NaN or an infinity gives NaN for both.
 
     Args:
         weight: (C, C) or (N, C, C), float32, float64, bfloat16 or float16; any strides.

@@ -1,4 +1,4 @@
-"""Couplings at raw outputs far beyond what networks give: infinities only where the mathematics has no finite answer."""
+"""Couplings at raw outputs far beyond what networks give: infinite only where the mathematics has no finite answer."""
 
 from __future__ import annotations
 
