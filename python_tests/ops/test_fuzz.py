@@ -13,7 +13,7 @@ TESTS = Path(__file__).parent.parent
 
 def test_arguments_nobody_should_pass(tmp_path):
     last = tmp_path / "call.txt"
-    command = [sys.executable, "-m", "ops._fuzz", "250", str(last)]
+    command = [sys.executable, "-m", "ops._fuzz", "150", str(last)]
     try:
         result = subprocess.run(command, cwd=TESTS, capture_output=True, text=True, timeout=300)
     except subprocess.TimeoutExpired:
