@@ -27,7 +27,10 @@ __all__ = [
 ]
 
 _library = torch.library.Library("hflow_fast", "FRAGMENT")
-_NOT_DENSE = ("SparseCPU", "SparseCUDA", "SparseCsrCPU", "SparseCsrCUDA", "MkldnnCPU", "QuantizedCPU", "QuantizedCUDA")
+_NOT_DENSE = (
+    "SparseCPU", "SparseCUDA", "SparseMeta", "SparseCsrCPU", "SparseCsrCUDA", "SparseCsrMeta",
+    "MkldnnCPU", "QuantizedCPU", "QuantizedCUDA",
+)  # fmt: skip
 
 
 def format_of(x: torch.Tensor) -> torch.memory_format:

@@ -25,9 +25,9 @@ def test_every_sample_is_as_it_is_alone(row, memory, device):
             return torch.randn(shape, generator=generator).to(device)
         layout = torch.channels_last if memory == "channels_last" else torch.contiguous_format
         tensor = torch.empty(shape, dtype=torch.bfloat16, device=device, memory_format=layout)
-        pattern = torch.randn((shape[1], *shape[2:]), generator=generator).to(device, torch.bfloat16)
-        for b, sample in enumerate(tensor):
-            sample.copy_(pattern * (1 + b / 64))
+        pattern = torch.randn((1, *shape[1:]), generator=generator).to(device, torch.bfloat16, memory_format=layout)
+        for b in range(shape[0]):
+            torch.mul(pattern, 1 + b / 64, out=tensor[b : b + 1])
         return tensor
 
     tensors = [filled(shape) for shape in call.shapes]
