@@ -1,7 +1,7 @@
 // coupling on CUDA tensors: checks, allocation, device guard, current stream. The kernels are in coupling.cuh.
 //
-// raw is read in its own dtype where that is x's, or a half type beside float32 x: what mixed precision gives. Any other
-// mixture is converted to x's dtype first.
+// raw is read in its own dtype where that is x's, or a half type beside float32 x, which is what mixed precision gives.
+// Any other mixture is converted to x's dtype first.
 #include "cuda/coupling.cuh"
 
 #include <torch/csrc/stable/library.h>

@@ -1,5 +1,5 @@
-// coupling on CUDA: an elementwise affine transform by a network's raw output, its inverse and backward. Torch-free: raw
-// pointers and a stream.
+// coupling on CUDA: an elementwise affine transform by a network's raw output, its inverse and backward. Torch-free:
+// raw pointers and a stream.
 //
 // Bound by memory. Forward reads x and the active elements' two raw values and writes y; backward reads x, raw and
 // grad_y and writes grad_x and grad_raw. Passive elements are copied: their raw values are not read.
@@ -7,9 +7,9 @@
 //   (channels_last), whose raw values are vectors, too. Rows that vectors do not divide go element by element, several
 //   per thread, all loads issued before the first use. Options of a coupling are branches per vector, the same for a
 //   whole grid; so kernels differ only in their types and in the vector.
-//   Several lanes of a warp work on a small sample, a block on one chunk of a large sample: the log-det is summed in the
-//   same pass. Where one block covers a sample that is all; else the chunks' sums go through a second small kernel, in
-//   order. Chunks depend on the shape alone, so results have the same bits from run to run and from GPU to GPU.
+//   Lanes of a warp share a small sample, a block works on one chunk of a large one; the log-det is summed in the same
+//   pass. Where one block covers a sample that is all; else the chunks' sums go through a second small kernel, in order.
+//   Chunks depend on the shape alone, so results have the same bits from run to run and from GPU to GPU.
 #pragma once
 
 #include <algorithm>
@@ -20,11 +20,11 @@
 
 namespace hflow::cuda {
 
-// Where raw keeps the values of some neighbouring elements of x.
+// What belongs to some neighbouring elements of x.
 struct RawPlace {
-  int64_t scale, shift;  // from the start of the sample's raw values
-  unsigned active;       // bit i: element i is transformed
-  bool stored;           // raw has values for them, if only to be ignored
+  int64_t offset;   // of their values in a sample of raw, from CouplingMemory::scale_at and shift_at
+  unsigned active;  // bit i: element i is transformed
+  bool stored;      // raw has values for them, if only to be ignored
 };
 
 // x and raw in memory. A sample is rows of elements: the pixels of a channel, or the channels of a pixel.
@@ -73,12 +73,9 @@ struct CouplingMemory {
   __device__ __forceinline__ RawPlace place(int64_t e) const {
     const int64_t r = row.divide(e), k = e - r * row.value();
     const int64_t channel = rows_are_channels ? r : k, pixel = rows_are_channels ? k : r;
-    const int64_t raw = channel * per_channel + pixel * per_pixel;
-    constexpr unsigned all = (1u << V) - 1;
-    const unsigned active = geometry.spatial                     ? active_pixels<V>(pixel)
-                            : geometry.active_channel(channel) ? all
-                                                                 : 0;
-    return {scale_at + raw, shift_at + raw, active, geometry.has_raw(channel)};
+    unsigned active = geometry.active_channel(channel) ? (1u << V) - 1 : 0;
+    if (geometry.spatial) active = active_pixels<V>(pixel);
+    return {channel * per_channel + pixel * per_pixel, active, geometry.has_raw(channel)};
   }
 
  private:
@@ -97,8 +94,8 @@ struct CouplingMemory {
 
 // How a grid covers the samples: a block works on a chunk of one sample, or on kThreads / lanes whole ones.
 struct CouplingBlocks {
-  static constexpr int64_t kIterations = 4;    // of a block over its chunk; pays for the block's sum
-  static constexpr int64_t kEnough = 1024;     // blocks that fill the largest target: below, chunks are shorter
+  static constexpr int64_t kIterations = 4;     // of a block over its chunk; pays for the block's sum
+  static constexpr int64_t kEnough = 1024;      // blocks that fill the largest target: below, chunks are shorter
   static constexpr int64_t kMostChunks = 4096;  // per sample; above, chunks grow
 
   int lanes;  // threads on one sample: a power of two up to 32, or all
@@ -128,8 +125,8 @@ struct CouplingGrid {
   static constexpr int vector = V;
   static constexpr int pieces = V > 1 ? 1 : std::is_same_v<S, double> ? 2 : 4;  // vectors in flight per thread
   static constexpr int elements = V * pieces;
-  // What registers are shared out for: 64 per thread where that suffices, else 128. Either way 24 KB or more of loads are
-  // in flight on an SM, enough for the memory of any target.
+  // What registers are shared out for: 64 per thread where that suffices, else 128. Forward then has 24 KB of loads in
+  // flight on an SM, more than memory's latency needs; 12 to 16 KB where half types go element by element.
   static constexpr int blocks_per_sm = V == 4 ? 4 : 2;
   using X = S;
   using Raw = R;
@@ -163,8 +160,8 @@ struct CouplingGrid {
   }
 };
 
-// A thread's elements in one turn: their places, and accesses of them. Pointers are to the start of the sample; accesses
-// are in memory order, so all loads of a turn can be issued before the first use.
+// A thread's elements in one turn: their places, and accesses of them. Pointers are to the start of the sample; values
+// stay in memory's type until they are computed with, so that all loads of a turn are issued before the first use.
 template <class Grid>
 class CouplingTurn {
  public:
@@ -177,7 +174,7 @@ class CouplingTurn {
 #pragma unroll
     for (int i = 0; i < Grid::pieces; ++i) {
       begin_[i] = grid.piece(from, share.lane, i);
-      places_[i] = begin_[i] < end_ ? memory_.template place<V>(begin_[i]) : RawPlace{0, 0, 0, false};
+      places_[i] = begin_[i] < end_ ? memory_.template place<V>(begin_[i]) : RawPlace{0, 0, false};
       active_ |= places_[i].active << i * V;
     }
   }
@@ -217,25 +214,23 @@ class CouplingTurn {
   // Scales and shifts of pieces with active elements. Additive couplings ignore the scale.
   __device__ __forceinline__ void load_raw(const R* raw, R (&scales)[elements], R (&shifts)[elements]) const {
     if (V > 1 && memory_.alternating()) {
-      const RawPlace& place = places_[0];
-      if (!place.active) return;
+      if (!places_[0].active) return;
       R run[2 * V];
-      const int64_t first = min(place.scale, place.shift);
-      load_packed<V>(raw + first, run);
-      load_packed<V>(raw + first + V, run + V);
+      load_packed<V>(raw + run_at(), run);
+      load_packed<V>(raw + run_at() + V, run + V);
 #pragma unroll
       for (int i = 0; i < V; ++i) {
-        scales[i] = place.scale < place.shift ? run[2 * i] : run[2 * i + 1];
-        shifts[i] = place.scale < place.shift ? run[2 * i + 1] : run[2 * i];
+        scales[i] = scale_first() ? run[2 * i] : run[2 * i + 1];
+        shifts[i] = scale_first() ? run[2 * i + 1] : run[2 * i];
       }
       return;
     }
 #pragma unroll
     for (int i = 0; i < Grid::pieces; ++i) {
       if (!places_[i].active) continue;
-      load_packed<V>(raw + places_[i].shift, shifts + i * V);
+      load_packed<V>(raw + memory_.shift_at + places_[i].offset, shifts + i * V);
       if (memory_.geometry.scales) {
-        load_packed<V>(raw + places_[i].scale, scales + i * V);
+        load_packed<V>(raw + memory_.scale_at + places_[i].offset, scales + i * V);
       } else {
 #pragma unroll
         for (int v = i * V; v < (i + 1) * V; ++v) scales[v] = shifts[v];
@@ -245,28 +240,32 @@ class CouplingTurn {
   // To all places that raw has.
   __device__ __forceinline__ void store_raw(const R (&scales)[elements], const R (&shifts)[elements], R* raw) const {
     if (V > 1 && memory_.alternating()) {
-      const RawPlace& place = places_[0];
-      if (!place.stored) return;
+      if (!places_[0].stored) return;
       R run[2 * V];
 #pragma unroll
       for (int i = 0; i < V; ++i) {
-        run[2 * i] = place.scale < place.shift ? scales[i] : shifts[i];
-        run[2 * i + 1] = place.scale < place.shift ? shifts[i] : scales[i];
+        run[2 * i] = scale_first() ? scales[i] : shifts[i];
+        run[2 * i + 1] = scale_first() ? shifts[i] : scales[i];
       }
-      const int64_t first = min(place.scale, place.shift);
-      store_packed<V>(run, raw + first);
-      store_packed<V>(run + V, raw + first + V);
+      store_packed<V>(run, raw + run_at());
+      store_packed<V>(run + V, raw + run_at() + V);
       return;
     }
 #pragma unroll
     for (int i = 0; i < Grid::pieces; ++i) {
       if (!places_[i].stored) continue;
-      if (memory_.geometry.scales) store_packed<V>(scales + i * V, raw + places_[i].scale);
-      store_packed<V>(shifts + i * V, raw + places_[i].shift);
+      if (memory_.geometry.scales) store_packed<V>(scales + i * V, raw + memory_.scale_at + places_[i].offset);
+      store_packed<V>(shifts + i * V, raw + memory_.shift_at + places_[i].offset);
     }
   }
 
  private:
+  // Of a vector whose scales and shifts alternate: 2V consecutive values of raw.
+  __device__ __forceinline__ bool scale_first() const { return memory_.scale_at < memory_.shift_at; }
+  __device__ __forceinline__ int64_t run_at() const {
+    return min(memory_.scale_at, memory_.shift_at) + places_[0].offset;
+  }
+
   const CouplingMemory& memory_;
   int64_t end_;
   int64_t begin_[Grid::pieces];
@@ -446,7 +445,8 @@ int64_t coupling_partial_size(const CouplingMemory& memory) {
   return memory.geometry.scales && blocks.chunks > 1 ? memory.samples * blocks.chunks : 0;
 }
 
-// S is the type of x and y, R that of raw, T (float or double) that of the log-det. x, raw and y are dense in one format.
+// S is the type of x and y, R that of raw, T (float or double) that of the log-det. x, raw and y are dense in one
+// format.
 template <class S, class R, class T>
 cudaError_t coupling_forward(const S* x, const R* raw, S* y, T* log_det, double* partial, const CouplingMemory& memory,
                              const CouplingOptions& options, cudaStream_t stream) {
