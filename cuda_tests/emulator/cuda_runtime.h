@@ -83,6 +83,10 @@ template <class T>
 T __ldg(const T* pointer) {
   return *pointer;
 }
+template <class T>
+void __stcg(T* pointer, T value) {
+  *pointer = value;
+}
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
