@@ -260,6 +260,7 @@ template <int V, class Format, class S, class T>
 __device__ void mix_load(const S* from, const MixTiling& tiling, const TileSpan& span,
                          const MixMemory<Format, T>& memory, int tile) {
   constexpr int kAtOnce = V == 1 ? 8 : V == 8 ? 2 : 4;  // loads under way before the first is waited for
+#pragma unroll 1
   for (int first = threadIdx.x; first < mix_vectors<V>(tiling); first += kAtOnce * kMixThreads) {
     T values[kAtOnce][V];
 #pragma unroll
@@ -280,6 +281,7 @@ __device__ void mix_load(const S* from, const MixTiling& tiling, const TileSpan&
 template <int V, class Format, class S, class T>
 __device__ void mix_store(const MixMemory<Format, T>& memory, int tile, const MixTiling& tiling, const TileSpan& span,
                           S* to) {
+#pragma unroll 1
   for (int i = threadIdx.x; i < mix_vectors<V>(tiling); i += kMixThreads) {
     const TilePlace place = Format::template place<V>(tiling, span, i);
     T values[V];

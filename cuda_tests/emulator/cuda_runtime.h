@@ -84,7 +84,7 @@ T __ldg(const T* pointer) {
   return *pointer;
 }
 template <class T>
-void __stcg(T* pointer, T value) {
+void __stwb(T* pointer, T value) {
   *pointer = value;
 }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
