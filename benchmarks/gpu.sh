@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that wants a GPU, in one command and under 10 minutes: build with CUDA, C++ tests, the tests marked cuda,
-# compute-sanitizer, op timings.
+# op timings, and last, for as long as it takes, compute-sanitizer.
 #   benchmarks/gpu.sh [FOLDER]     FOLDER defaults to $OUT, then to runs/gpu; every step leaves its log there
 # Needs nvcc and a torch built with CUDA; PYTHON chooses the interpreter. Goes on after a failed step; the end tells.
 set -uo pipefail
@@ -52,16 +52,20 @@ fi
 
 step pytest 240 "$python" -m pytest -q -m cuda python_tests
 
+step bench 180 "$python" benchmarks/bench_ops.py --device cuda --results "$out"
+
 if command -v compute-sanitizer > /dev/null; then
-  for source in cuda_tests/test_*.cu; do
-    name=$(basename "$source" .cu)
-    step "memcheck-$name" 180 compute-sanitizer --tool memcheck --error-exitcode 1 "$tests/$name"
+  for tool in memcheck racecheck initcheck; do
+    for source in cuda_tests/test_*.cu; do
+      name=$(basename "$source" .cu)
+      binary=$tests/$name
+      [ -x "$binary" ] || binary=$tests/${name/test_/cuda_}  # what CMake calls it
+      step "$tool-$name" 120 compute-sanitizer --tool "$tool" --error-exitcode 1 "$binary"
+    done
   done
 else
-  say "skipped memcheck: compute-sanitizer is not on PATH"
+  say "skipped compute-sanitizer: it is not on PATH"
 fi
-
-step bench 180 "$python" benchmarks/bench_ops.py --device cuda --results "$out"
 
 if [ ${#failed[@]} -gt 0 ]; then
   say "failed: ${failed[*]}"

@@ -116,7 +116,7 @@ struct Tanh {
 
 // f(Map{}) for the map of that number.
 template <class F>
-inline void visit_scale_map(ScaleMap map, const F& f) {
+HFLOW_HD void visit_scale_map(ScaleMap map, const F& f) {
   switch (map) {
     case ScaleMap::none: return f(NoScale{});
     case ScaleMap::exp: return f(Exp{});
@@ -153,11 +153,29 @@ struct CouplingParameters {
         shift_sign((form == Form::subtract_scale) != inverse ? T(-1) : T(1)) {}
 };
 
+template <class T>
+HFLOW_HD T coupling_shift(T t, const CouplingParameters<T>& p) {
+  return p.shift_sign * clip(t, p.shift_clamp);
+}
+
+template <bool ShiftBefore, class T>
+HFLOW_HD T couple(T x, T scale, T shift) {
+  return ShiftBefore ? (x + shift) * scale : x * scale + shift;
+}
+
+// The gradients of one element, from its scale α and the derivative λ'(s) of its map.
+template <bool ShiftBefore, class T>
+HFLOW_HD void couple_gradients(T x, T scale, T derivative, T t, T grad_y, T grad_log_det,
+                               const CouplingParameters<T>& p, T& grad_x, T& grad_s, T& grad_t) {
+  grad_x = grad_y * scale;
+  const T grad_log_scale = grad_x * (ShiftBefore ? x + coupling_shift(t, p) : x) + grad_log_det;
+  grad_s = grad_log_scale * p.sign * derivative;
+  grad_t = (ShiftBefore ? grad_x : grad_y) * p.shift_sign * clip_derivative(t, p.shift_clamp);
+}
+
 template <class Map, bool ShiftBefore, class T>
 HFLOW_HD void couple(T x, T s, T t, const CouplingParameters<T>& p, T& y, T& log_scale) {
-  const T shift = p.shift_sign * clip(t, p.shift_clamp);
-  const T scale = Map::scale(s, p.clamp, p.sign);
-  y = ShiftBefore ? (x + shift) * scale : x * scale + shift;
+  y = couple<ShiftBefore>(x, Map::scale(s, p.clamp, p.sign), coupling_shift(t, p));
   log_scale = p.sign * Map::log_scale(s, p.clamp);
 }
 
@@ -165,13 +183,10 @@ HFLOW_HD void couple(T x, T s, T t, const CouplingParameters<T>& p, T& y, T& log
 template <class Map, bool ShiftBefore, class T>
 HFLOW_HD void couple_backward(T x, T s, T t, T grad_y, T grad_log_det, const CouplingParameters<T>& p, T& y, T& grad_x,
                               T& grad_s, T& grad_t) {
-  const T shift = p.shift_sign * clip(t, p.shift_clamp);
   const T scale = Map::scale(s, p.clamp, p.sign);
-  y = ShiftBefore ? (x + shift) * scale : x * scale + shift;
-  grad_x = grad_y * scale;
-  const T grad_log_scale = grad_x * (ShiftBefore ? x + shift : x) + grad_log_det;
-  grad_s = grad_log_scale * p.sign * Map::derivative(s, p.clamp);
-  grad_t = (ShiftBefore ? grad_x : grad_y) * p.shift_sign * clip_derivative(t, p.shift_clamp);
+  y = couple<ShiftBefore>(x, scale, coupling_shift(t, p));
+  couple_gradients<ShiftBefore>(x, scale, Map::derivative(s, p.clamp), t, grad_y, grad_log_det, p, grad_x, grad_s,
+                                grad_t);
 }
 
 }  // namespace hflow

@@ -2,7 +2,7 @@
 // and autocast implementations are registered in Python (hflow_fast/ops/<op>.py).
 #include <torch/csrc/stable/library.h>
 
-// How a coupling reads raw: the numbers of the enumerations in formulas.h and cpu/coupling_tile.h.
+// How a coupling reads raw: the numbers of the enumerations in formulas.h and common/coupling_geometry.h.
 #define COUPLING_OPTIONS                                                                                     \
   "int scale_map, float clamp, float shift_clamp, int layout, int form, int active, int block, int parity, " \
   "bool inverse"

@@ -100,8 +100,8 @@ void backward(const CouplingPlan& plan, const CouplingOptions& options, Memory x
 std::tuple<Tensor, Tensor> coupling_fwd(Tensor x, Tensor raw, int64_t scale_map, double clamp, double shift_clamp,
                                         int64_t layout, int64_t form, int64_t active, int64_t block, int64_t parity,
                                         bool inverse) {
-  const CouplingOptions options("coupling", scale_map, clamp, shift_clamp, layout, form, active, block, parity,
-                                inverse);
+  const CouplingOptions options =
+      coupling_options("coupling", scale_map, clamp, shift_clamp, layout, form, active, block, parity, inverse);
   const MemoryFormat format = format_of(x);
   const CouplingPlan plan("coupling", x, raw, options, format);
   x = as_format(x, format), raw = as_format(raw, format);
@@ -121,15 +121,15 @@ std::tuple<Tensor, Tensor> coupling_fwd(Tensor x, Tensor raw, int64_t scale_map,
 std::tuple<Tensor, Tensor> coupling_bwd(Tensor x, Tensor raw, Tensor grad_y, Tensor grad_log_det, int64_t scale_map,
                                         double clamp, double shift_clamp, int64_t layout, int64_t form, int64_t active,
                                         int64_t block, int64_t parity, bool inverse) {
-  const CouplingOptions options("coupling", scale_map, clamp, shift_clamp, layout, form, active, block, parity,
-                                inverse);
+  const CouplingOptions options =
+      coupling_options("coupling", scale_map, clamp, shift_clamp, layout, form, active, block, parity, inverse);
   const MemoryFormat format = format_of(x);
   const CouplingPlan plan("coupling", x, raw, options, format);
   check_gradients("coupling", grad_y, grad_log_det, x);
   x = as_format(x, format), raw = as_format(raw, format), grad_y = as_format(grad_y, format);
   grad_log_det = as_format(grad_log_det, MemoryFormat::Contiguous);
   Tensor grad_x = empty_in(x, format), grad_raw = empty_in(raw, format);
-  if (plan.ignores_raw() || x.numel() == 0) torch::stable::zero_(grad_raw);
+  if (plan.geometry.ignores_raw() || x.numel() == 0) torch::stable::zero_(grad_raw);
   if (x.numel() > 0) {
     visit_compute_type(x.scalar_type(), [&](auto t) {
       backward<decltype(t)>(plan, options, Memory::of(x), Memory::of(raw), Memory::of(grad_y), Memory::of(grad_log_det),

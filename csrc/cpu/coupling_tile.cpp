@@ -2,80 +2,22 @@
 
 #include <algorithm>
 
-#include "common/check.h"
-
 namespace hflow {
-
-CouplingOptions::CouplingOptions(const char* op, int64_t map, double clamp, double shift_clamp, int64_t layout,
-                                 int64_t form, int64_t active, int64_t block, int64_t parity, bool inverse)
-    : map(static_cast<ScaleMap>(map)),
-      clamp(clamp),
-      shift_clamp(shift_clamp),
-      layout(static_cast<Layout>(layout)),
-      form(static_cast<Form>(form)),
-      active(static_cast<ActiveSet>(active)),
-      block(block),
-      parity(parity),
-      inverse(inverse) {
-  if (map < 0 || map >= kScaleMaps) fail(op, "scale_map must be 0 to ", kScaleMaps - 1, ", got ", map);
-  if (!(clamp > 0)) fail(op, "clamp must be positive, got ", clamp);
-  if (!(shift_clamp > 0)) fail(op, "shift_clamp must be positive, got ", shift_clamp);
-  if (layout < 0 || layout > 3) fail(op, "layout must be 0 to 3, got ", layout);
-  if (form < 0 || form > 2) fail(op, "form must be 0 to 2, got ", form);
-  if (active < 0 || active > 5) fail(op, "active must be 0 to 5, got ", active);
-  if (block != 1 && block != 2 && block != 4 && block != 8) fail(op, "block must be 1, 2, 4 or 8, got ", block);
-  if (parity != 0 && parity != 1) fail(op, "parity must be 0 or 1, got ", parity);
-}
 
 CouplingPlan::CouplingPlan(const char* op, const Tensor& x, const Tensor& raw, const CouplingOptions& options,
                            MemoryFormat format)
-    : map(options.map), set(options.active), parity(options.parity) {
-  check_flow_variable(op, "x", x);
-  check_floating(op, "raw", raw);
-  if (spatial() && (x.dim() < 3 || x.dim() > 4)) {
-    fail(op, "a spatial active set needs x of shape (B, C, L) or (B, C, H, W), got ", shape_of(x));
-  }
-  const int64_t channels = x.size(1), pixels = pixels_of(x);
-  const int64_t passive = set == ActiveSet::channels        ? channels / 2
-                          : set == ActiveSet::channels_ceil ? (channels + 1) / 2
-                                                            : 0;
-  const int64_t values = map == ScaleMap::none ? 1 : 2;  // raw values per active element
-  const int64_t raw_channels = raw.dim() > 1 ? raw.size(1) : 0;
-  const bool compact = raw_channels != values * channels;
-  if (compact && raw_channels != values * (channels - passive)) {
-    if (passive > 0) {
-      fail(op, "raw must have ", values * channels, " or ", values * (channels - passive), " channels, got ",
-           shape_of(raw));
-    }
-    fail(op, "raw must have ", values * channels, " channels, got ", shape_of(raw));
-  }
-  check_like(op, "raw", raw, x, raw_channels);
-
+    : geometry(coupling_geometry(op, x, raw, options)) {
+  const CouplingGeometry& g = geometry;
   const bool channels_last = format == MemoryFormat::ChannelsLast;
-  const bool interleaved = options.layout == Layout::interleaved || options.layout == Layout::interleaved_shift_first;
-  const int64_t inner = channels_last ? 1 : pixels;       // consecutive elements of one channel
-  const int64_t skipped = compact ? 0 : passive * inner;  // raw's elements that belong to passive channels, per value
-  samples = x.size(0), sample = channels * pixels;
-  period = channels * inner, lead = passive * inner, active = (channels - passive) * inner;
-  raw_period = raw_channels * inner;
-  raw_step = 1, segment = active;
-  if (values == 1) {
-    scale_at = shift_at = skipped;
-  } else if (!interleaved) {
-    scale_at = skipped, shift_at = raw_period / 2 + skipped;
-  } else if (inner == 1) {  // scale and shift alternate: one run of step 2
-    raw_step = 2, scale_at = 2 * skipped, shift_at = scale_at + 1;
-  } else {
-    segment = inner, scale_at = 2 * skipped, shift_at = scale_at + inner;
-  }
-  if (values == 2 &&
-      (options.layout == Layout::halves_shift_first || options.layout == Layout::interleaved_shift_first)) {
-    std::swap(scale_at, shift_at);
-  }
-  block_shift = options.block == 8 ? 3 : options.block == 4 ? 2 : options.block == 2 ? 1 : 0;
-  width = x.dim() > 2 ? x.size(x.dim() - 1) : 1;
-  height = x.dim() > 3 ? x.size(x.dim() - 2) : 1;
-  channel_stride = channels_last ? channels : 1;
+  const int64_t inner = channels_last ? 1 : g.pixels();  // consecutive elements of one channel
+  samples = x.size(0), sample = g.channels * g.pixels();
+  period = g.channels * inner, lead = g.passive * inner, active = period - lead;
+  raw_period = g.raw_channels * inner;
+  scale_at = g.scale_channel(g.passive) * inner, shift_at = g.shift_channel(g.passive) * inner;
+  // Where scales and shifts alternate element by element, they are one run of step 2.
+  raw_step = inner == 1 ? g.raw_step : 1;
+  segment = raw_step == g.raw_step ? active : inner;
+  channel_stride = channels_last ? g.channels : 1;
 }
 
 namespace {
@@ -126,37 +68,33 @@ void run_coupling(ScaleMap scale_map, bool shift_before, Args... args) {
 template <class T>
 CouplingTile<T>::CouplingTile(const CouplingPlan& plan, const CouplingOptions& options, Memory x, Memory raw)
     : plan_(plan),
+      map_(options.map),
       parameters_(options.form, options.clamp, options.shift_clamp, options.inverse),
       shift_before_(shift_comes_before(options.form, options.inverse)),
       x_(x),
       raw_(raw) {
-  if (!plan.spatial()) return;
-  const int64_t line = plan.width * plan.channel_stride;
+  const CouplingGeometry& g = plan.geometry;
+  if (!g.spatial) return;
+  const int64_t line = g.width * plan.channel_stride;
   mask_lines_.resize(2 * line);
   for (int64_t e = 0; e < 2 * line; ++e) {
-    const int64_t j = e % line / plan.channel_stride;
-    const int64_t column = plan.set == ActiveSet::checkerboard ? j >> plan.block_shift
-                           : plan.set == ActiveSet::columns    ? j >= plan.width / 2
-                                                               : 0;
-    mask_lines_[e] = ((e / line + column) & 1) == plan.parity ? T(1) : T(0);
+    const int side = static_cast<int>(e / line) + g.column_side(e % line / plan.channel_stride);
+    mask_lines_[e] = (side & 1) == g.parity ? T(1) : T(0);
   }
 }
 
 template <class T>
 void CouplingTile<T>::fill_mask(int64_t begin, int64_t n, T* mask) const {
-  const CouplingPlan& p = plan_;
-  if (!p.spatial()) {
+  const CouplingGeometry& g = plan_.geometry;
+  if (!g.spatial) {
     std::fill_n(mask, n, T(1));
     return;
   }
-  const int64_t line = p.width * p.channel_stride;
-  int64_t i = begin / line % p.height, j = begin % line;
-  for (int64_t e = 0; e < n; j = 0, i = i + 1 == p.height ? 0 : i + 1) {
-    const int64_t row = p.set == ActiveSet::checkerboard ? i >> p.block_shift & 1
-                        : p.set == ActiveSet::rows       ? i >= p.height / 2
-                                                         : 0;
+  const int64_t line = g.width * plan_.channel_stride;
+  int64_t i = begin / line % g.height, j = begin % line;
+  for (int64_t e = 0; e < n; j = 0, i = i + 1 == g.height ? 0 : i + 1) {
     const int64_t length = std::min(n - e, line - j);
-    std::copy_n(mask_lines_.data() + row * line + j, length, mask + e);
+    std::copy_n(mask_lines_.data() + g.row_side(i) * line + j, length, mask + e);
     e += length;
   }
 }
@@ -180,7 +118,7 @@ void CouplingTile<T>::for_raw_runs(int64_t begin, int64_t n, const F& f) const {
 template <class T>
 void CouplingTile<T>::gather_raw(int64_t begin, int64_t n, T* scale, T* shift) const {
   for_raw_runs(begin, n, [&](int64_t from, int64_t to, Runs runs) {
-    if (plan_.map != ScaleMap::none) gather(raw_, from + plan_.scale_at, scale + to, runs);
+    if (plan_.geometry.scales) gather(raw_, from + plan_.scale_at, scale + to, runs);
     gather(raw_, from + plan_.shift_at, shift + to, runs);
   });
 }
@@ -188,7 +126,7 @@ void CouplingTile<T>::gather_raw(int64_t begin, int64_t n, T* scale, T* shift) c
 template <class T>
 void CouplingTile<T>::scatter_raw(int64_t begin, int64_t n, const T* scale, const T* shift, Memory grad_raw) const {
   for_raw_runs(begin, n, [&](int64_t to, int64_t from, Runs runs) {
-    if (plan_.map != ScaleMap::none) scatter(scale + from, grad_raw, to + plan_.scale_at, runs);
+    if (plan_.geometry.scales) scatter(scale + from, grad_raw, to + plan_.scale_at, runs);
     scatter(shift + from, grad_raw, to + plan_.shift_at, runs);
   });
 }
@@ -219,7 +157,7 @@ void CouplingTile<T>::forward(int64_t begin, int64_t n, T* y, T* log_scale) cons
   const T* x = load(x_, begin, n, x_buffer);
   fill_mask(begin, n, mask);
   const auto run = [&](int64_t e, int64_t length, const T* s, const T* t) {
-    run_coupling<Forward, T>(plan_.map, shift_before_, x + e, s, t, static_cast<const T*>(mask) + e, y + e,
+    run_coupling<Forward, T>(map_, shift_before_, x + e, s, t, static_cast<const T*>(mask) + e, y + e,
                              log_scale + e, length, parameters_);
   };
   if (gathers() && begin % plan_.period == 0 && n % plan_.period == 0) {
@@ -235,7 +173,7 @@ void CouplingTile<T>::forward(int64_t begin, int64_t n, T* y, T* log_scale) cons
     } else {
       const T* t = load_step(raw_, plan_.shift_at + raw, length, plan_.raw_step, t_buffer);
       const T* s =
-          plan_.map == ScaleMap::none ? t : load_step(raw_, plan_.scale_at + raw, length, plan_.raw_step, s_buffer);
+          map_ == ScaleMap::none ? t : load_step(raw_, plan_.scale_at + raw, length, plan_.raw_step, s_buffer);
       run(e, length, s, t);
     }
   });
@@ -250,7 +188,7 @@ void CouplingTile<T>::backward(int64_t begin, int64_t n, const T* grad_y, const 
   const T* x = load(x_, begin, n, x_buffer);
   fill_mask(begin, n, mask);
   const auto run = [&](int64_t e, int64_t length, const T* s, const T* t, T* gs, T* gt) {
-    run_coupling<Backward, T>(plan_.map, shift_before_, x + e, s, t, static_cast<const T*>(mask) + e, grad_y + e,
+    run_coupling<Backward, T>(map_, shift_before_, x + e, s, t, static_cast<const T*>(mask) + e, grad_y + e,
                               grad_log_det + e, y + e, grad_x + e, gs, gt, length, parameters_);
   };
   if (gathers() && begin % plan_.period == 0 && n % plan_.period == 0) {
@@ -266,7 +204,7 @@ void CouplingTile<T>::backward(int64_t begin, int64_t n, const T* grad_y, const 
       std::copy_n(grad_y + e, length, grad_x + e);
       return;
     }
-    const bool scales = plan_.map != ScaleMap::none, dense = plan_.raw_step == 1;
+    const bool scales = plan_.geometry.scales, dense = plan_.raw_step == 1;
     const T* t = load_step(raw_, plan_.shift_at + raw, length, plan_.raw_step, t_buffer);
     const T* s = scales ? load_step(raw_, plan_.scale_at + raw, length, plan_.raw_step, s_buffer) : t;
     T* gs = scales && dense ? target(grad_raw, plan_.scale_at + raw, grad_s) : grad_s;

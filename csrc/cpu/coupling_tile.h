@@ -11,44 +11,20 @@
 
 #include <vector>
 
+#include "common/coupling_checks.h"
 #include "common/rows.h"
-#include "common/tensor.h"
-#include "formulas.h"
 
 namespace hflow {
 
-enum class Layout : int { halves, halves_shift_first, interleaved, interleaved_shift_first };
-enum class ActiveSet : int { all, channels, channels_ceil, checkerboard, columns, rows };
-
-// The options of the schemas, as they come.
-struct CouplingOptions {
-  ScaleMap map;
-  double clamp, shift_clamp;
-  Layout layout;
-  Form form;
-  ActiveSet active;
-  int64_t block, parity;
-  bool inverse;
-
-  CouplingOptions(const char* op, int64_t map, double clamp, double shift_clamp, int64_t layout, int64_t form,
-                  int64_t active, int64_t block, int64_t parity, bool inverse);
-};
-
 struct CouplingPlan {
-  ScaleMap map;
+  CouplingGeometry geometry;
   int64_t samples, sample;                           // x is `samples` × `sample` elements
   int64_t period, lead, active, segment;             // in elements of x
   int64_t raw_period, raw_step, scale_at, shift_at;  // in elements of raw; *_at is where a period's first value lies
-  ActiveSet set;
-  int64_t block_shift, parity, height, width, channel_stride;  // channel_stride: elements of x per pixel
+  int64_t channel_stride;                            // elements of x per pixel
 
   // Checks raw against x and the options. Both tensors are dense in `format`.
   CouplingPlan(const char* op, const Tensor& x, const Tensor& raw, const CouplingOptions& options, MemoryFormat format);
-
-  bool spatial() const { return set == ActiveSet::checkerboard || set == ActiveSet::columns || set == ActiveSet::rows; }
-  bool ignores_raw() const {
-    return raw_period > (map == ScaleMap::none ? 1 : 2) * active;
-  }  // raw has passive channels
 };
 
 inline constexpr int64_t kCouplingTile = 512;  // elements a tile function takes at most: its buffers stay in L1
@@ -81,6 +57,7 @@ class CouplingTile {
   void for_segments(int64_t begin, int64_t n, const F& f) const;
 
   const CouplingPlan& plan_;
+  ScaleMap map_;
   CouplingParameters<T> parameters_;
   bool shift_before_;
   Memory x_, raw_;

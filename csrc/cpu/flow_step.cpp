@@ -153,8 +153,8 @@ std::tuple<Tensor, Tensor> flow_step_fwd(Tensor x, Tensor raw, Tensor weight, Te
                                          double clamp, double shift_clamp, int64_t layout, int64_t form, int64_t active,
                                          int64_t block, int64_t parity, bool inverse) {
   check_mix("flow_step", x, weight, bias);
-  const CouplingOptions options("flow_step", scale_map, clamp, shift_clamp, layout, form, active, block, parity,
-                                inverse);
+  const CouplingOptions options =
+      coupling_options("flow_step", scale_map, clamp, shift_clamp, layout, form, active, block, parity, inverse);
   const MemoryFormat format = format_of(x);
   const CouplingPlan plan("flow_step", x, raw, options, format);
   x = as_format(x, format), raw = as_format(raw, format);
@@ -179,8 +179,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> flow_step_bwd(Tensor x, Tensor raw, T
                                                          double clamp, double shift_clamp, int64_t layout, int64_t form,
                                                          int64_t active, int64_t block, int64_t parity, bool inverse) {
   check_mix("flow_step", x, weight, bias);
-  const CouplingOptions options("flow_step", scale_map, clamp, shift_clamp, layout, form, active, block, parity,
-                                inverse);
+  const CouplingOptions options =
+      coupling_options("flow_step", scale_map, clamp, shift_clamp, layout, form, active, block, parity, inverse);
   const MemoryFormat format = format_of(x);
   const CouplingPlan plan("flow_step", x, raw, options, format);
   check_gradients("flow_step", grad_y, grad_log_det, x);
@@ -189,7 +189,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> flow_step_bwd(Tensor x, Tensor raw, T
   grad_log_det = as_format(grad_log_det, MemoryFormat::Contiguous);
   Tensor grad_x = empty_in(x, format), grad_raw = empty_in(raw, format);
   Tensor grad_weight = empty_in(weight, MemoryFormat::Contiguous), grad_bias = empty_in(bias, MemoryFormat::Contiguous);
-  if (plan.ignores_raw() || x.numel() == 0) torch::stable::zero_(grad_raw);
+  if (plan.geometry.ignores_raw() || x.numel() == 0) torch::stable::zero_(grad_raw);
   const int64_t channels = x.size(1);
   std::vector<double> sums(channels * channels + channels);
   if (x.numel() > 0) {

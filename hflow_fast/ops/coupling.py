@@ -15,7 +15,7 @@ from hflow_fast.ops._registration import empty_like_in, format_of, register
 
 __all__ = ["CouplingSpec", "active_mask", "coupling"]
 
-# Numbers of the enumerations in csrc/formulas.h and csrc/cpu/coupling_tile.h: the position in the tuple.
+# Numbers of the enumerations in csrc/formulas.h and csrc/common/coupling_geometry.h: the position in the tuple.
 _SCALE_MAPS = (
     "none", "exp", "exp_clip", "exp_tanh", "sigmoid", "sigmoid_inverse", "sigmoid_floor", "atan", "tanh",
 )  # fmt: skip
