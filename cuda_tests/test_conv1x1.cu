@@ -60,10 +60,10 @@ void test_case(const MixShape& shape, size_t offset, const std::string& type, do
                                                 grad_bias_device.data(), partial.data(), shape, cudaStream_t{}),
                   "backward");
     partial.read();
-    repeatable.expect_all(name + "y", y_device.read(), y, y_size, epsilon + sum_epsilon);
-    repeatable.expect_all(name + "grad_x", grad_x_device.read(), grad_x, grad_x_size, epsilon + sum_epsilon);
-    repeatable.expect_all(name + "grad_weight", grad_weight_device.read(), grad_weight, weight_size, sum_epsilon);
-    repeatable.expect_all(name + "grad_bias", grad_bias_device.read(), grad_bias, bias_size, sum_epsilon);
+    repeatable.expect_all("y", y_device.read(), y, y_size, epsilon + sum_epsilon);
+    repeatable.expect_all("grad_x", grad_x_device.read(), grad_x, grad_x_size, epsilon + sum_epsilon);
+    repeatable.expect_all("grad_weight", grad_weight_device.read(), grad_weight, weight_size, sum_epsilon);
+    repeatable.expect_all("grad_bias", grad_bias_device.read(), grad_bias, bias_size, sum_epsilon);
   }
 }
 

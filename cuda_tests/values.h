@@ -45,12 +45,12 @@ class Repeatable {
     const auto [first, is_new] = first_.try_emplace(what, bits);
     if (!is_new) {
       if (first->second == bits) return;
-      if (++failures <= 20) std::printf("FAILED %s: a second run gave other bits\n", what.c_str());
+      if (++failures <= 20) std::printf("FAILED %s%s: a second run gave other bits\n", name_.c_str(), what.c_str());
       return;
     }
     for (size_t i = 0; i < expected.size(); ++i) {
       const double scale = size[i] > 0 ? size[i] : 1;
-      expect_close(what + "[" + std::to_string(i) + "]", as_double(got[i]) / scale, expected[i] / scale, epsilon);
+      expect_close(name_ + what + "[" + std::to_string(i) + "]", as_double(got[i]) / scale, expected[i] / scale, epsilon);
     }
   }
 

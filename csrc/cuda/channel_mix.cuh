@@ -122,7 +122,8 @@ struct TilePlace {
 
 // The memory formats: what a vector of the tile holds, and where that lies in a tensor.
 struct MixRows {
-  static constexpr int kPadding = 4;  // of a row in shared memory, where its vectors stay aligned
+  static constexpr int kPadding = 4;            // of a row in shared memory, where its vectors stay aligned
+  static constexpr bool kWholeVectors = true;  // all of a vector's elements exist, or none
 
   // Vector i of V elements: neighbouring pixels of a channel.
   template <int V>
@@ -150,6 +151,7 @@ struct MixRows {
 
 struct MixPixels {
   static constexpr int kPadding = 1;  // the channels of a pixel lie in different banks
+  static constexpr bool kWholeVectors = false;
 
   // Neighbouring channels, then those of the next pixel.
   template <int V>
@@ -255,6 +257,21 @@ __device__ int mix_vectors(const MixTiling& tiling) {
   return tiling.shape.channels * tiling.capacity / V;
 }
 
+// The first `count` elements of a vector, zeros for the others.
+template <class Format, int V, class S, class T>
+__device__ __forceinline__ void mix_read(const S* from, int count, T (&values)[V]) {
+  if (V > 1 && !Format::kWholeVectors) return load(from, 0, count, values);
+#pragma unroll
+  for (int k = 0; k < V; ++k) values[k] = T(0);
+  if (count == V) load(from, 0, V, values);
+}
+
+template <class Format, int V, class S, class T>
+__device__ __forceinline__ void mix_write(const T (&values)[V], int count, S* to) {
+  if (V > 1 && !Format::kWholeVectors) return store(values, 0, count, to);
+  if (count == V) store(values, 0, V, to);
+}
+
 // From memory into a tile; zeros beyond the last pixel.
 template <int V, class Format, class S, class T>
 __device__ void mix_load(const S* from, const MixTiling& tiling, const TileSpan& span,
@@ -267,8 +284,8 @@ __device__ void mix_load(const S* from, const MixTiling& tiling, const TileSpan&
     for (int k = 0; k < kAtOnce; ++k) {
       const int i = first + k * kMixThreads;
       const TilePlace place = Format::template place<V>(tiling, span, i);
-      load(from + Format::offset(tiling, place, tiling.shape.channels, place.channel), 0,
-           i < mix_vectors<V>(tiling) ? place.count : 0, values[k]);
+      mix_read<Format>(from + Format::offset(tiling, place, tiling.shape.channels, place.channel),
+                       i < mix_vectors<V>(tiling) ? place.count : 0, values[k]);
     }
 #pragma unroll
     for (int k = 0; k < kAtOnce; ++k) {
@@ -286,7 +303,8 @@ __device__ void mix_store(const MixMemory<Format, T>& memory, int tile, const Mi
     const TilePlace place = Format::template place<V>(tiling, span, i);
     T values[V];
     memory.get(tile, place, values);
-    store(values, 0, place.count, to + Format::offset(tiling, place, tiling.shape.channels, place.channel));
+    mix_write<Format>(values, place.count,
+                      to + Format::offset(tiling, place, tiling.shape.channels, place.channel));
   }
 }
 

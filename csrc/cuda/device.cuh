@@ -73,6 +73,33 @@ __device__ __forceinline__ void store(const T (&values)[V], int low, int high, S
   }
 }
 
+// V elements as they are, all through one instruction; the pointer must be aligned to their V·sizeof(S) bytes. (nvcc
+// sometimes splits a plain store of 16 bytes, so it is asked for by name: write-back is what plain stores do.)
+template <int V, class S>
+__device__ __forceinline__ void load_packed(const S* from, S* values) {
+  if constexpr (V == 1) {
+    *values = *from;
+  } else {
+    using Pack = std::conditional_t<V * sizeof(S) == 16, uint4, uint2>;
+    static_assert(sizeof(Pack) == V * sizeof(S), "8 or 16 bytes");
+    const Pack pack = *reinterpret_cast<const Pack*>(from);
+    memcpy(values, &pack, sizeof(pack));
+  }
+}
+
+template <int V, class S>
+__device__ __forceinline__ void store_packed(const S* values, S* to) {
+  if constexpr (V == 1) {
+    *to = *values;
+  } else {
+    using Pack = std::conditional_t<V * sizeof(S) == 16, uint4, uint2>;
+    static_assert(sizeof(Pack) == V * sizeof(S), "8 or 16 bytes");
+    Pack pack;
+    memcpy(&pack, values, sizeof(pack));
+    __stwb(reinterpret_cast<Pack*>(to), pack);
+  }
+}
+
 inline bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 constexpr unsigned kWholeWarp = 0xffffffffu;
