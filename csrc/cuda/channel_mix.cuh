@@ -26,10 +26,6 @@ constexpr int kMixOutputs = 8;  // output channels per thread
 template <class S>
 using ComputeType = std::conditional_t<std::is_same_v<S, double>, double, float>;
 
-// Blocks on a multiprocessor that registers must leave room for.
-template <class T>
-inline constexpr int kMixBlocks = std::is_same_v<T, double> ? 2 : 4;
-
 // Pixels per thread. Tiles of 16 KiB: two of them and the matrix leave room for several blocks on every target.
 template <class T>
 inline constexpr int kMixPixels = 16 / static_cast<int>(sizeof(T));
@@ -260,16 +256,32 @@ __device__ int mix_vectors(const MixTiling& tiling) {
 // The first `count` elements of a vector, zeros for the others.
 template <class Format, int V, class S, class T>
 __device__ __forceinline__ void mix_read(const S* from, int count, T (&values)[V]) {
-  if (V > 1 && !Format::kWholeVectors) return load(from, 0, count, values);
 #pragma unroll
   for (int k = 0; k < V; ++k) values[k] = T(0);
-  if (count == V) load(from, 0, V, values);
+  if (count == V) {
+    S packed[V];
+    load_packed<V>(from, packed);
+#pragma unroll
+    for (int k = 0; k < V; ++k) values[k] = to_compute<T>(packed[k]);
+  } else if (V > 1 && !Format::kWholeVectors) {
+#pragma unroll
+    for (int k = 0; k < V; ++k)
+      if (k < count) values[k] = to_compute<T>(from[k]);
+  }
 }
 
 template <class Format, int V, class S, class T>
 __device__ __forceinline__ void mix_write(const T (&values)[V], int count, S* to) {
-  if (V > 1 && !Format::kWholeVectors) return store(values, 0, count, to);
-  if (count == V) store(values, 0, V, to);
+  S packed[V];
+#pragma unroll
+  for (int k = 0; k < V; ++k) packed[k] = to_memory<S>(values[k]);
+  if (count == V) {
+    store_packed<V>(packed, to);
+  } else if (V > 1 && !Format::kWholeVectors) {
+#pragma unroll
+    for (int k = 0; k < V; ++k)
+      if (k < count) to[k] = packed[k];
+  }
 }
 
 // From memory into a tile; zeros beyond the last pixel.

@@ -26,9 +26,10 @@ __global__ void __launch_bounds__(kMixThreads)
   tiling.wide ? mix_store<kVector<S>>(memory, 0, tiling, span, y) : mix_store<1>(memory, 0, tiling, span, y);
 }
 
-// grad_x = Wᵀ grad_y, and block by block the sums for W and b: partial[blocks][channels² + channels].
+// grad_x = Wᵀ grad_y, and block by block the sums for W and b: partial[blocks][channels² + channels]. Registers leave
+// room for four blocks on a multiprocessor.
 template <class Format, class S, class T>
-__global__ void __launch_bounds__(kMixThreads, kMixBlocks<T>)
+__global__ void __launch_bounds__(kMixThreads, std::is_same_v<T, double> ? 2 : 4)
     conv1x1_backward_kernel(const S* x, const T* weight, const S* grad_y, S* grad_x, T* partial, MixTiling tiling) {
   const MixMemory<Format, T> memory(tiling);
   MixSums<Format, T> sums(tiling);

@@ -65,7 +65,7 @@ __device__ __forceinline__ void store(const T (&values)[V], int low, int high, S
     for (int i = 0; i < V; ++i) elements[i] = to_memory<S>(values[i]);
     uint4 raw;
     memcpy(&raw, elements, sizeof(raw));
-    __stwb(reinterpret_cast<uint4*>(to), raw);  // a plain assignment may be split up
+    *reinterpret_cast<uint4*>(to) = raw;
   } else {
 #pragma unroll
     for (int i = 0; i < V; ++i)

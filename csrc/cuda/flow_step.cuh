@@ -15,6 +15,10 @@
 
 namespace hflow::cuda {
 
+// Elements that backward couples at a time: 16 bytes of a half type are too many for the registers.
+template <class S>
+inline constexpr int kBackwardVector = kVector<S> > 4 ? 4 : kVector<S>;
+
 template <class T>
 struct FlowStepOptions {
   CouplingGeometry geometry;
@@ -256,9 +260,9 @@ __device__ void couple_tile_backward(const S* x, const R* raw, const T* grad_log
 }
 
 // grad_u = Wᵀ grad_y goes through the coupling; block by block the sums for W and b: partial[blocks][channels² +
-// channels].
+// channels]. Three blocks on a multiprocessor: for four, the sums of a thread would not stay in registers.
 template <class Format, class S, class R, class T>
-__global__ void __launch_bounds__(kMixThreads, kMixBlocks<T>)
+__global__ void __launch_bounds__(kMixThreads, std::is_same_v<T, double> ? 2 : 3)
     flow_step_backward_kernel(const S* x, const R* raw, const T* weight, const S* grad_y, const T* grad_log_det,
                               S* grad_x, R* grad_raw, T* partial, MixTiling tiling, FlowStepOptions<T> options) {
   const MixMemory<Format, T> memory(tiling);
@@ -274,7 +278,7 @@ __global__ void __launch_bounds__(kMixThreads, kMixBlocks<T>)
     outputs.put(tiling, memory, 1);
     __syncthreads();
     if (tiling.wide)
-      couple_tile_backward<kVector<S>>(x, raw, grad_log_det, grad_x, grad_raw, tiling, span, options, memory);
+      couple_tile_backward<kBackwardVector<S>>(x, raw, grad_log_det, grad_x, grad_raw, tiling, span, options, memory);
     else
       couple_tile_backward<1>(x, raw, grad_log_det, grad_x, grad_raw, tiling, span, options, memory);
     __syncthreads();
@@ -287,21 +291,16 @@ __global__ void __launch_bounds__(kMixThreads, kMixBlocks<T>)
 
 // ---- Launches ----
 
-// x and raw, and all else in memory, dense in one format.
-template <class S>
-MixTiling flow_step_tiling(const MixShape& shape, bool is_aligned) {
-  return MixTiling::of<S>(shape, false, is_aligned);
-}
-
 // How many T flow_step_forward needs in `partial`.
 template <class S>
 int64_t flow_step_forward_partial_size(const MixShape& shape) {
   if (shape.total() == 0) return 0;
-  const MixTiling tiling = flow_step_tiling<S>(shape, false);
+  const MixTiling tiling = MixTiling::of<S>(shape, false, false);
   return tiling.tiles_per_sample > 1 ? tiling.tiles() : 0;
 }
 
-// S is the type of x, y and their gradients, R that of raw and its gradient; T, float or double, of all else.
+// S is the type of x, y and their gradients, R that of raw and its gradient; T, float or double, of all else. What is in
+// memory is dense in one format. `geometry` belongs to the shape and to raw's channels.
 template <class S, class R, class T>
 cudaError_t flow_step_forward(const S* x, const R* raw, const T* weight, const T* bias, S* y, T* log_det, T* partial,
                               const MixShape& shape, const CouplingOptions& options, const CouplingGeometry& geometry,
@@ -309,7 +308,7 @@ cudaError_t flow_step_forward(const S* x, const R* raw, const T* weight, const T
   if (shape.samples == 0) return cudaSuccess;
   int64_t tiles = 0;
   if (shape.total() > 0) {
-    const auto tiling = flow_step_tiling<S>(shape, aligned(x) && aligned(raw) && aligned(y));
+    const auto tiling = MixTiling::of<S>(shape, false, aligned(x) && aligned(raw) && aligned(y));
     FlowStepOptions<T> step(options, geometry);
     step.raw_vectors = step.divides_channels(kVector<S>);
     tiles = tiling.tiles_per_sample;
@@ -329,7 +328,7 @@ cudaError_t flow_step_forward(const S* x, const R* raw, const T* weight, const T
 // How many T flow_step_backward needs in `partial`.
 template <class S>
 int64_t flow_step_backward_partial_size(const MixShape& shape) {
-  return shape.total() == 0 ? 0 : mix_partial_size(flow_step_tiling<S>(shape, false));
+  return shape.total() == 0 ? 0 : mix_partial_size(MixTiling::of<S>(shape, false, false));
 }
 
 template <class S, class R, class T>
@@ -339,10 +338,11 @@ cudaError_t flow_step_backward(const S* x, const R* raw, const T* weight, const 
   if (shape.channels == 0) return cudaSuccess;
   int64_t blocks = 0;
   if (shape.total() > 0) {
-    const auto tiling = flow_step_tiling<S>(
-        shape, aligned(x) && aligned(raw) && aligned(grad_y) && aligned(grad_x) && aligned(grad_raw));
+    const bool is_aligned =
+        aligned(x) && aligned(raw) && aligned(grad_y) && aligned(grad_x) && aligned(grad_raw);
+    const auto tiling = MixTiling::of<S>(shape, false, is_aligned);
     FlowStepOptions<T> step(options, geometry);
-    step.raw_vectors = step.divides_channels(kVector<S>);
+    step.raw_vectors = step.divides_channels(kBackwardVector<S>);
     blocks = mix_backward_blocks(tiling);
     const auto run = [&](auto format) {
       using Format = decltype(format);
