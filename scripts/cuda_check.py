@@ -3,8 +3,8 @@
 python scripts/cuda_check.py [--jobs 2] [--source csrc/cuda/actnorm.cu ...]
 
 Prints one line per kernel and architecture; fails where a kernel does not compile, uses local memory (spills or a stack
-frame), or has a vector width above 1 as a template argument of its grid but no 16-byte loads and stores. Finished
-results are kept in build/cuda-check and made again when a source, a header, the flags or nvcc change.
+frame), or has a vector width above 1 as a template argument of its grid but no 16-byte loads and stores (kernels that
+choose the width at run time: no 16-byte loads). Finished results are kept in build/cuda-check and made again when a source, a header, the flags or nvcc change.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ FLAGS = (*COMMON_NVCC_FLAGS, *DEFINES, "-std=c++17", "-O3", "-Xptxas", "-v")
 WIDE_LOAD = re.compile(r"\bld\.global(?:\.nc)?(?:\.\w+)*\.v(?:4\.[a-z]32|2\.[a-z]64|8\.[a-z]16)\b")
 WIDE_STORE = re.compile(r"\bst\.global(?:\.\w+)*\.v(?:4\.[a-z]32|2\.[a-z]64|8\.[a-z]16)\b")
 WIDTH = re.compile(r"Grid<(\d+)[,>]")
+BOTH_WIDTHS = re.compile(r"<Mix(?:Rows|Pixels),")  # kernels that choose between vectors and single elements themselves
 
 
 class Kernel(NamedTuple):
@@ -49,6 +50,8 @@ class Kernel(NamedTuple):
         width = WIDTH.search(self.name)
         if width and int(width[1]) > 1 and not (self.wide_loads and self.wide_stores):
             return f"has vectors of {width[1]} but no 16-byte accesses"
+        if BOTH_WIDTHS.search(self.name) and not self.wide_loads:
+            return "has no 16-byte loads"
         return None
 
 

@@ -90,4 +90,18 @@ inline void check_gradients(const char* op, const Tensor& grad_y, const Tensor& 
   check_shape(op, "grad_log_det", grad_log_det, {x.size(0)});
 }
 
+inline constexpr int kMaxMixChannels = 32;
+
+// The arguments of an op that mixes channels in a kernel.
+inline void check_mix(const char* op, const Tensor& x, const Tensor& weight, const Tensor& bias) {
+  check_flow_variable(op, "x", x);
+  check_floating(op, "weight", weight);
+  check_floating(op, "bias", bias);
+  check_shape(op, "weight", weight, {x.size(1), x.size(1)});
+  check_shape(op, "bias", bias, {x.size(1)});
+  check_same_device(op, "weight", weight, x);
+  check_same_device(op, "bias", bias, x);
+  if (x.size(1) > kMaxMixChannels) fail(op, "x must have at most ", kMaxMixChannels, " channels here, got ", x.size(1));
+}
+
 }  // namespace hflow

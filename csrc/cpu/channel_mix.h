@@ -9,14 +9,12 @@
 #include <numeric>
 #include <vector>
 
-#include "common/check.h"
 #include "common/parallel.h"
 #include "common/rows.h"
 #include "common/tensor.h"
 
 namespace hflow {
 
-inline constexpr int64_t kMaxMixChannels = 32;
 inline constexpr int64_t kGroupPixels =
     2048;  // enough work beside folding a group's partial sums of the weight gradient
 inline constexpr int64_t kMaxGroups = 64;
@@ -283,16 +281,6 @@ inline std::vector<T> matrix_of(const Tensor& weight, bool transposed) {
   const Runs runs{channels, channels, transposed ? 1 : channels, transposed ? channels : 1, channels};
   gather(Memory::of(weight), 0, matrix.data(), runs);
   return matrix;
-}
-
-// The arguments of an op that mixes channels in a kernel.
-inline void check_mix(const char* op, const Tensor& x, const Tensor& weight, const Tensor& bias) {
-  check_flow_variable(op, "x", x);
-  check_floating(op, "weight", weight);
-  check_floating(op, "bias", bias);
-  check_shape(op, "weight", weight, {x.size(1), x.size(1)});
-  check_shape(op, "bias", bias, {x.size(1)});
-  if (x.size(1) > kMaxMixChannels) fail(op, "x must have at most ", kMaxMixChannels, " channels here, got ", x.size(1));
 }
 
 }  // namespace hflow

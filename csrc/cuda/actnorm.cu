@@ -55,7 +55,7 @@ std::tuple<Tensor, Tensor, Tensor> actnorm_bwd(Tensor x, Tensor log_scale, Tenso
   check_gradients("actnorm", grad_y, grad_log_det, x);
   check_same_device("actnorm", "grad_y", grad_y, x);
   check_same_device("actnorm", "grad_log_det", grad_log_det, x);
-  grad_y = as_format(cuda::as_type(grad_y, x.scalar_type()), in.format);
+  grad_y = cuda::as_type(grad_y, x.scalar_type(), in.format);
   grad_log_det = cuda::as_type(grad_log_det, compute_type(x.scalar_type()));
   Tensor grad_x = empty_in(in.x, in.format);
   Tensor grad_log_scale = empty_in(in.log_scale, MemoryFormat::Contiguous),

@@ -28,10 +28,9 @@ S* data(const Tensor& tensor) {
   return static_cast<S*>(tensor.data_ptr());
 }
 
-// Contiguous and of that dtype; the tensor itself where it already is. For parameters: small tensors.
-inline Tensor as_type(const Tensor& tensor, ScalarType type) {
-  const Tensor typed = tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type);
-  return as_format(typed, MemoryFormat::Contiguous);
+// Of that dtype and dense in that format; the tensor itself where it already is.
+inline Tensor as_type(const Tensor& tensor, ScalarType type, MemoryFormat format = MemoryFormat::Contiguous) {
+  return as_format(tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type), format);
 }
 
 inline cudaStream_t current_stream(const Tensor& tensor) {

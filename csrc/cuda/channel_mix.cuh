@@ -1,0 +1,495 @@
+// The channel affine y = W x + b of a tile of pixels, and the gradients of W and b: shared by conv1x1.cuh and
+// flow_step.cuh, up to 32 channels. Free of torch.
+//
+// A block takes a tile of pixels with all their channels through shared memory, as rows of pixels: there both memory
+// formats look alike, and every element of device memory is touched once.
+//   memory → tile     In the order of memory, 16 bytes per access where pointers and sizes allow, else one element per
+//                     lane. Ops do their elementwise work here.
+//   tile → registers  Eight output channels × a few pixels per thread: every value read from shared memory meets several
+//                     others, or its bandwidth would be the limit from 16 channels on.
+//   tile → sums       Σ over pixels of g[o]·u[c], 8 × 4 pairs (o, c) per thread, the pixels dealt out among threads. The
+//                     sums stay in registers from tile to tile; then one partial sum per block, and a second small
+//                     kernel adds those in order.
+// Tiles and grids depend on the shape alone and there are no atomics: the same bits from run to run and GPU to GPU.
+#pragma once
+
+#include <algorithm>
+
+#include "common/divisor.h"
+#include "cuda/device.cuh"
+
+namespace hflow::cuda {
+
+constexpr int kMixThreads = 128;
+constexpr int kMixOutputs = 8;  // output channels per thread
+
+template <class S>
+using ComputeType = std::conditional_t<std::is_same_v<S, double>, double, float>;
+
+// Pixels per thread. Tiles of 16 KiB: two of them and the matrix leave room for several blocks on every target.
+template <class T>
+inline constexpr int kMixPixels = 16 / static_cast<int>(sizeof(T));
+
+struct MixShape {
+  int64_t samples;
+  int channels;
+  int64_t pixels;
+  bool by_rows;  // contiguous, and more than one pixel
+
+  __host__ __device__ int64_t total() const { return samples * channels * pixels; }
+};
+
+// What a tile holds: `pixels` pixels, from one pixel of a sample on, or whole samples from that one on.
+struct TileSpan {
+  int64_t sample, pixel;
+  int pixels;
+};
+
+// How the pixels split into tiles: several samples per tile, or several tiles per sample.
+struct MixTiling {
+  static constexpr int kGranule = 8;  // tiles start at multiples of so many pixels, which keeps vectors aligned
+
+  MixShape shape;
+  int size;      // channels, rounded up to 8, 16 or 32
+  int capacity, capacity_shift;  // pixels that a tile has room for: a power of two
+  int samples_per_tile;
+  int64_t tiles_per_sample, piece;  // a piece of a sample, in pixels
+  bool wide;                        // memory is accessed in vectors of 16 bytes
+  Divisor channels, pixels;
+
+  // `merge`: in channels_last, pixels of different samples are alike.
+  template <class S>
+  static MixTiling of(MixShape shape, bool merge, bool is_aligned) {
+    if (merge && !shape.by_rows) shape.pixels *= shape.samples, shape.samples = 1;
+    return MixTiling(shape, kMixPixels<ComputeType<S>>, kVector<S>, is_aligned);
+  }
+
+  __host__ __device__ int64_t tiles() const {
+    return samples_per_tile > 1 ? ceil_div(shape.samples, samples_per_tile) : shape.samples * tiles_per_sample;
+  }
+
+  __device__ TileSpan span(int64_t tile) const {
+    if (samples_per_tile > 1) {
+      const int64_t sample = tile * samples_per_tile;
+      const int64_t samples = min(static_cast<int64_t>(samples_per_tile), shape.samples - sample);
+      return {sample, 0, static_cast<int>(samples * shape.pixels)};
+    }
+    const int64_t sample = tile / tiles_per_sample, pixel = (tile - sample * tiles_per_sample) * piece;
+    return {sample, pixel, static_cast<int>(min(piece, shape.pixels - pixel))};
+  }
+
+  // Neighbouring threads take neighbouring pixels; a warp's threads share their output channels.
+  __device__ int pixel_lanes() const { return kMixThreads * kMixOutputs / size; }
+  __device__ int first_output() const { return static_cast<int>(threadIdx.x) / pixel_lanes() * kMixOutputs; }
+  __device__ int first_pixel() const { return static_cast<int>(threadIdx.x) % pixel_lanes(); }
+
+ private:
+  MixTiling(const MixShape& shape, int thread_pixels, int vector, bool is_aligned)
+      : shape(shape),
+        size(shape.channels <= 8 ? 8 : shape.channels <= 16 ? 16 : 32),
+        capacity(kMixThreads * kMixOutputs / size * thread_pixels),
+        capacity_shift(0),
+        samples_per_tile(1),
+        tiles_per_sample(1),
+        piece(shape.pixels),
+        channels(shape.channels),
+        pixels(shape.pixels) {
+    while (1 << capacity_shift < capacity) ++capacity_shift;
+    if (shape.pixels > 0 && shape.pixels <= capacity / 2) {
+      samples_per_tile = static_cast<int>(capacity / shape.pixels);
+      if (samples_per_tile > kGranule) samples_per_tile = samples_per_tile / kGranule * kGranule;
+    } else {  // pieces of about the same length
+      tiles_per_sample = ceil_div(shape.pixels, capacity);
+      piece = std::min<int64_t>(capacity, ceil_div(ceil_div(shape.pixels, std::max<int64_t>(tiles_per_sample, 1)),
+                                                   kGranule) * kGranule);
+      tiles_per_sample = ceil_div(shape.pixels, std::max<int64_t>(piece, 1));
+    }
+    const int64_t sample = shape.pixels * (shape.by_rows ? 1 : shape.channels);
+    wide = is_aligned && ((!shape.by_rows && shape.samples == 1) ||
+                          sample * (shape.by_rows ? 1 : samples_per_tile) % vector == 0);
+  }
+};
+
+// Some neighbouring elements of memory, all of a vector: where the first one lies, and how many of them exist.
+struct TilePlace {
+  int channel, pixel, count;     // in the tile
+  int64_t sample, sample_pixel;  // pixel sample_pixel of that sample
+};
+
+// The memory formats: what a vector of the tile holds, and where that lies in a tensor.
+struct MixRows {
+  static constexpr int kPadding = 4;            // of a row in shared memory, where its vectors stay aligned
+  static constexpr bool kWholeVectors = true;  // all of a vector's elements exist, or none
+
+  // Vector i of V elements: neighbouring pixels of a channel.
+  template <int V>
+  __device__ static TilePlace place(const MixTiling& tiling, const TileSpan& span, int i) {
+    const int channel = i * V >> tiling.capacity_shift, pixel = i * V & (tiling.capacity - 1);
+    const int count = max(0, min(V, span.pixels - pixel));
+    if (tiling.samples_per_tile == 1) return {channel, pixel, count, span.sample, span.pixel + pixel};
+    const int64_t sample = tiling.pixels.divide(pixel);
+    return {channel, pixel, count, span.sample + sample, pixel - sample * tiling.shape.pixels};
+  }
+
+  __device__ static void advance(const MixTiling&, TilePlace& place) { ++place.pixel, ++place.sample_pixel; }
+
+  // A channel at the pixel of `place`, in a tensor of `channels` channels.
+  __device__ static int64_t offset(const MixTiling& tiling, const TilePlace& place, int64_t channels, int64_t channel) {
+    return (place.sample * channels + channel) * tiling.shape.pixels + place.sample_pixel;
+  }
+
+  // Row i of those that a group of threads sums up: chosen so that the groups of a warp read different banks.
+  template <int Rows>
+  __device__ static int summand(int group, int groups, int i) {
+    return group + groups * i;
+  }
+};
+
+struct MixPixels {
+  static constexpr int kPadding = 1;  // the channels of a pixel lie in different banks
+  static constexpr bool kWholeVectors = false;
+
+  // Neighbouring channels, then those of the next pixel.
+  template <int V>
+  __device__ static TilePlace place(const MixTiling& tiling, const TileSpan& span, int i) {
+    const int pixel = static_cast<int>(tiling.channels.divide(i * V)), channel = i * V - pixel * tiling.shape.channels;
+    const int count = max(0, min(V, span.pixels * tiling.shape.channels - i * V));
+    if (tiling.samples_per_tile == 1) return {channel, pixel, count, span.sample, span.pixel + pixel};
+    const int64_t sample = tiling.pixels.divide(pixel);
+    return {channel, pixel, count, span.sample + sample, pixel - sample * tiling.shape.pixels};
+  }
+
+  __device__ static void advance(const MixTiling& tiling, TilePlace& place) {
+    if (++place.channel < tiling.shape.channels) return;
+    place.channel = 0, ++place.pixel;
+    if (++place.sample_pixel == tiling.shape.pixels) place.sample_pixel = 0, ++place.sample;
+  }
+
+  __device__ static int64_t offset(const MixTiling& tiling, const TilePlace& place, int64_t channels, int64_t channel) {
+    return (place.sample * tiling.shape.pixels + place.sample_pixel) * channels + channel;
+  }
+
+  template <int Rows>
+  __device__ static int summand(int group, int, int i) {
+    return group * Rows + i;
+  }
+};
+
+// Shared memory: the matrix, one row per input channel and padded to `size` columns; the bias; then tiles of `channels`
+// rows of pixels.
+template <class Format, class T>
+class MixMemory {
+ public:
+  __device__ explicit MixMemory(const MixTiling& tiling)
+      : memory_(dynamic_shared<T>()), tiling_(tiling), stride_(tiling.capacity + Format::kPadding) {}
+
+  static int bytes(const MixTiling& tiling, int tiles) {
+    const int rows = tiles * tiling.shape.channels * (tiling.capacity + Format::kPadding);
+    return static_cast<int>(sizeof(T)) * ((tiling.shape.channels + 1) * tiling.size + rows);
+  }
+
+  __device__ int row(int tile, int channel) const {
+    return (tiling_.shape.channels + 1) * tiling_.size + (tile * tiling_.shape.channels + channel) * stride_;
+  }
+  __device__ DynamicShared<T> operator*() const { return memory_; }
+
+  // The matrix from `weight`, or its transpose, and the bias or zeros.
+  __device__ void fill(const T* weight, bool transpose, const T* bias) const {
+    const int channels = tiling_.shape.channels, size = tiling_.size;
+    for (int i = threadIdx.x; i < (channels + 1) * size; i += kMixThreads) {
+      const int row = i / size, column = i - row * size;
+      const T* from = row == channels ? bias : weight;
+      const int at = row == channels ? column : transpose ? column * channels + row : row * channels + column;
+      memory_[i] = column < channels && from != nullptr ? from[at] : T(0);
+    }
+  }
+
+  // The elements of a vector in a tile.
+  template <int V>
+  __device__ void put(int tile, TilePlace place, const T (&values)[V]) const {
+    constexpr int N = V > 1 ? kVector<T> : 1;
+    if constexpr (std::is_same_v<Format, MixRows>) {
+      const int first = row(tile, place.channel) + place.pixel;
+#pragma unroll
+      for (int k = 0; k < V; k += N) {
+        T part[N];
+#pragma unroll
+        for (int i = 0; i < N; ++i) part[i] = values[k + i];
+        memory_.store(first + k, part);
+      }
+    } else {
+#pragma unroll
+      for (int k = 0; k < V; ++k, Format::advance(tiling_, place))
+        memory_[row(tile, place.channel) + place.pixel] = values[k];
+    }
+  }
+  template <int V>
+  __device__ void get(int tile, TilePlace place, T (&values)[V]) const {
+    constexpr int N = V > 1 ? kVector<T> : 1;
+    if constexpr (std::is_same_v<Format, MixRows>) {
+      const int first = row(tile, place.channel) + place.pixel;
+#pragma unroll
+      for (int k = 0; k < V; k += N) {
+        T part[N];
+        memory_.load(first + k, part);
+#pragma unroll
+        for (int i = 0; i < N; ++i) values[k + i] = part[i];
+      }
+    } else {
+#pragma unroll
+      for (int k = 0; k < V; ++k, Format::advance(tiling_, place))
+        values[k] = memory_[row(tile, place.channel) + place.pixel];
+    }
+  }
+
+ private:
+  DynamicShared<T> memory_;
+  const MixTiling& tiling_;
+  int stride_;
+};
+
+template <int V>
+__device__ int mix_vectors(const MixTiling& tiling) {
+  return tiling.shape.channels * tiling.capacity / V;
+}
+
+// The first `count` elements of a vector, zeros for the others.
+template <class Format, int V, class S, class T>
+__device__ __forceinline__ void mix_read(const S* from, int count, T (&values)[V]) {
+#pragma unroll
+  for (int k = 0; k < V; ++k) values[k] = T(0);
+  if (count == V) {
+    S packed[V];
+    load_packed<V>(from, packed);
+#pragma unroll
+    for (int k = 0; k < V; ++k) values[k] = to_compute<T>(packed[k]);
+  } else if (V > 1 && !Format::kWholeVectors) {
+#pragma unroll
+    for (int k = 0; k < V; ++k)
+      if (k < count) values[k] = to_compute<T>(from[k]);
+  }
+}
+
+template <class Format, int V, class S, class T>
+__device__ __forceinline__ void mix_write(const T (&values)[V], int count, S* to) {
+  S packed[V];
+#pragma unroll
+  for (int k = 0; k < V; ++k) packed[k] = to_memory<S>(values[k]);
+  if (count == V) {
+    store_packed<V>(packed, to);
+  } else if (V > 1 && !Format::kWholeVectors) {
+#pragma unroll
+    for (int k = 0; k < V; ++k)
+      if (k < count) to[k] = packed[k];
+  }
+}
+
+// From memory into a tile; zeros beyond the last pixel.
+template <int V, class Format, class S, class T>
+__device__ void mix_load(const S* from, const MixTiling& tiling, const TileSpan& span,
+                         const MixMemory<Format, T>& memory, int tile) {
+  constexpr int kAtOnce = V == 1 ? 8 : V == 8 ? 2 : 4;  // loads under way before the first is waited for
+#pragma unroll 1
+  for (int first = threadIdx.x; first < mix_vectors<V>(tiling); first += kAtOnce * kMixThreads) {
+    T values[kAtOnce][V];
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      const int i = first + k * kMixThreads;
+      const TilePlace place = Format::template place<V>(tiling, span, i);
+      mix_read<Format>(from + Format::offset(tiling, place, tiling.shape.channels, place.channel),
+                       i < mix_vectors<V>(tiling) ? place.count : 0, values[k]);
+    }
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      const int i = first + k * kMixThreads;
+      if (i < mix_vectors<V>(tiling)) memory.put(tile, Format::template place<V>(tiling, span, i), values[k]);
+    }
+  }
+}
+
+template <int V, class Format, class S, class T>
+__device__ void mix_store(const MixMemory<Format, T>& memory, int tile, const MixTiling& tiling, const TileSpan& span,
+                          S* to) {
+#pragma unroll 1
+  for (int i = threadIdx.x; i < mix_vectors<V>(tiling); i += kMixThreads) {
+    const TilePlace place = Format::template place<V>(tiling, span, i);
+    T values[V];
+    memory.get(tile, place, values);
+    mix_write<Format>(values, place.count,
+                      to + Format::offset(tiling, place, tiling.shape.channels, place.channel));
+  }
+}
+
+// A thread's output channels of its pixels.
+template <class T>
+struct MixOutputs {
+  T values[kMixOutputs][kMixPixels<T>];
+
+  // From all rows of a tile.
+  template <class Format>
+  __device__ void compute(const MixTiling& tiling, const MixMemory<Format, T>& memory, int tile) {
+    constexpr int N = kVector<T>;
+    const int first = tiling.first_output(), pixel = tiling.first_pixel(), lanes = tiling.pixel_lanes();
+    if (first >= tiling.shape.channels) return;
+    T weights[kMixOutputs];
+    const auto load_weights = [&](int row) {
+#pragma unroll
+      for (int o = 0; o < kMixOutputs; o += N) {
+        T part[N];
+        (*memory).load(row * tiling.size + first + o, part);
+#pragma unroll
+        for (int i = 0; i < N; ++i) weights[o + i] = part[i];
+      }
+    };
+    load_weights(tiling.shape.channels);
+#pragma unroll
+    for (int o = 0; o < kMixOutputs; ++o)
+#pragma unroll
+      for (int i = 0; i < kMixPixels<T>; ++i) values[o][i] = weights[o];
+#pragma unroll 2
+    for (int c = 0; c < tiling.shape.channels; ++c) {
+      load_weights(c);
+      const int row = memory.row(tile, c) + pixel;
+#pragma unroll
+      for (int i = 0; i < kMixPixels<T>; ++i) {
+        const T x = (*memory)[row + i * lanes];
+#pragma unroll
+        for (int o = 0; o < kMixOutputs; ++o) values[o][i] += weights[o] * x;
+      }
+    }
+  }
+
+  template <class Format>
+  __device__ void put(const MixTiling& tiling, const MixMemory<Format, T>& memory, int tile) const {
+    const int first = tiling.first_output(), pixel = tiling.first_pixel(), lanes = tiling.pixel_lanes();
+#pragma unroll
+    for (int o = 0; o < kMixOutputs; ++o) {
+      if (first + o >= tiling.shape.channels) break;
+      const int row = memory.row(tile, first + o) + pixel;
+#pragma unroll
+      for (int i = 0; i < kMixPixels<T>; ++i) (*memory)[row + i * lanes] = values[o][i];
+    }
+  }
+};
+
+// A thread's share of the gradients of W and b: Σ g[o]·u[c] and Σ g[o] over every `lanes`-th pixel.
+template <class Format, class T>
+class MixSums {
+  static constexpr int kRows = 8, kColumns = 4;  // pairs (o, c) of a thread
+
+ public:
+  __device__ explicit MixSums(const MixTiling& tiling)
+      : products_{}, sums_{}, row_groups_(tiling.size / kRows), column_groups_(tiling.size / kColumns) {
+    lanes_ = kMixThreads / (row_groups_ * column_groups_);
+    group_ = static_cast<int>(threadIdx.x) / lanes_;
+    lane_ = static_cast<int>(threadIdx.x) - group_ * lanes_;
+  }
+
+  // Tile 0 holds g, tile 1 holds u. Channels that do not exist read the last one's values: their sums go nowhere.
+  __device__ void add(const MixTiling& tiling, const TileSpan& span, const MixMemory<Format, T>& memory) {
+    const int last = tiling.shape.channels - 1;
+    int g_rows[kRows], u_rows[kColumns];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) g_rows[i] = memory.row(0, min(row(i), last));
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) u_rows[i] = memory.row(1, min(column(i), last));
+    for (int pixel = lane_; pixel < span.pixels; pixel += lanes_) {
+      T u[kColumns];
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i) u[i] = (*memory)[u_rows[i] + pixel];
+#pragma unroll
+      for (int o = 0; o < kRows; ++o) {
+        const T g = (*memory)[g_rows[o] + pixel];
+        sums_[o] += g;
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) products_[o][c] += g * u[c];
+      }
+    }
+  }
+
+  // The block's sums: W's by rows, then b's. Overwrites shared memory.
+  __device__ void finish(const MixTiling& tiling, const MixMemory<Format, T>& memory, T* partial) {
+    const int channels = tiling.shape.channels, pitch = tiling.size + 1;  // a row of sums, that of b at its end
+    const int width = min(lanes_, 32), parts = lanes_ / width, part = lane_ / 32 * tiling.size * pitch;
+    const bool leads = lane_ % width == 0;
+    __syncthreads();
+#pragma unroll
+    for (int o = 0; o < kRows; ++o) {
+      const T sum = sum_lanes(sums_[o], width);
+      if (leads && group_ % column_groups_ == 0) (*memory)[part + row(o) * pitch + tiling.size] = sum;
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) {
+        const T product = sum_lanes(products_[o][c], width);
+        if (leads) (*memory)[part + row(o) * pitch + column(c)] = product;
+      }
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < channels * channels + channels; i += kMixThreads) {
+      const bool of_bias = i >= channels * channels;
+      const int o = of_bias ? i - channels * channels : i / channels;
+      const int at = o * pitch + (of_bias ? tiling.size : i - o * channels);
+      T sum = (*memory)[at];
+      for (int k = 1; k < parts; ++k) sum += (*memory)[at + k * tiling.size * pitch];
+      partial[i] = sum;
+    }
+  }
+
+ private:
+  __device__ int row(int i) const {
+    return Format::template summand<kRows>(group_ / column_groups_, row_groups_, i);
+  }
+  __device__ int column(int i) const {
+    return Format::template summand<kColumns>(group_ % column_groups_, column_groups_, i);
+  }
+  __device__ static T sum_lanes(T value, int width) {
+    for (int offset = width / 2; offset > 0; offset /= 2) value += __shfl_down_sync(kWholeWarp, value, offset, width);
+    return value;
+  }
+
+  T products_[kRows][kColumns], sums_[kRows];
+  int row_groups_, column_groups_, lanes_, group_, lane_;
+};
+
+// ---- The blocks' sums, in order ----
+
+constexpr int kSumThreads = 1024;  // 32 sums, 32 threads each
+
+template <class T>
+__global__ void __launch_bounds__(kSumThreads)
+    mix_gradients_kernel(const T* partial, int64_t parts, int channels, T* grad_weight, T* grad_bias) {
+  __shared__ SharedArray<T, 32 * 33> sums;
+  const int lane = threadIdx.x % 32, row = threadIdx.x / 32, weights = channels * channels, count = weights + channels;
+  const int i = static_cast<int>(blockIdx.x) * 32 + lane;
+  T sum = 0;
+  if (i < count) {
+#pragma unroll 8
+    for (int64_t part = row; part < parts; part += 32) sum += partial[part * count + i];
+  }
+  sums[row * 33 + lane] = sum;
+  __syncthreads();
+  if (row != 0 || i >= count) return;
+  double total = 0;
+  for (int k = 0; k < 32; ++k) total += static_cast<double>(static_cast<T>(sums[k * 33 + lane]));
+  (i < weights ? grad_weight + i : grad_bias + (i - weights))[0] = static_cast<T>(total);
+}
+
+// Blocks of a backward pass, each with a row of partial sums: enough for even shares of work, few enough that adding
+// them up takes little of the time.
+inline int64_t mix_backward_blocks(const MixTiling& tiling) {
+  return std::min<int64_t>(tiling.tiles(), tiling.size <= 16 ? 1056 : 528);
+}
+
+// How many T a backward pass needs in `partial`.
+inline int64_t mix_partial_size(const MixTiling& tiling) {
+  const int64_t channels = tiling.shape.channels;
+  return mix_backward_blocks(tiling) * (channels * channels + channels);
+}
+
+template <class T>
+cudaError_t mix_gradients(const T* partial, int64_t parts, int channels, T* grad_weight, T* grad_bias,
+                          cudaStream_t stream) {
+  return launch(mix_gradients_kernel<T>, LaunchShape(ceil_div(channels * channels + channels, 32), kSumThreads), stream,
+                partial, parts, channels, grad_weight, grad_bias);
+}
+
+}  // namespace hflow::cuda
