@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kThreads) bias_act_forward_kernel(BiasAct<S, T
     visit_activation(op.activation, [&](auto a) {
 #pragma unroll
       for (int i = 0; i < V; ++i)
-        values[i] = bias_act<decltype(a)>(values[i], bias[i], merged[i], op.slope, op.gain);
+        values[i] = hflow::bias_act<decltype(a)>(values[i], bias[i], merged[i], op.slope, op.gain);
     });
     store(values, low, high, y + offset);
   });
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kThreads)
     visit_activation(op.activation, [&](auto a) {
 #pragma unroll
       for (int i = 0; i < V; ++i)
-        values[i] = bias_act_backward<decltype(a)>(values[i], bias[i], grads[i], op.slope, op.gain);
+        values[i] = hflow::bias_act_backward<decltype(a)>(values[i], bias[i], grads[i], op.slope, op.gain);
     });
 #pragma unroll
     for (int i = 0; i < V; ++i) {

@@ -5,6 +5,7 @@ A new operation adds its row; test_table.py fails until it has.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,6 +49,7 @@ class Row:
         undoes: ``inverse=True`` undoes the function of the same other arguments; it returns a log-det.
         values: Of a tensor, from standard normal ones.
         huge: At least 2³¹ elements of x.
+        network: It works inside networks and follows their precision; it has no flow variable to keep in float32.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Row:
     undoes: bool = False
     values: dict[str, Callable[[torch.Tensor], torch.Tensor]] = field(default_factory=dict)
     huge: Call | None = None
+    network: bool = False
 
     def function(self, call: Call) -> Function:
         """The operation with the call's options; a tuple of outputs."""
@@ -287,7 +290,81 @@ _HAAR = Row(
 )
 
 
-ROWS = (_ACTNORM, _CONV1X1, _COUPLING, _FLOW_STEP, _HAAR, _LU)
+# ---- resample, instance_norm and bias_act ----
+
+
+def _resample(shape: Shape, up: bool) -> Call:
+    return Call((shape,), {"up": up})
+
+
+@st.composite
+def _resample_calls(draw: st.DrawFn) -> Call:
+    up = draw(st.booleans())
+    size = st.one_of(st.integers(1, 12), st.integers(20, 40)).map(lambda n: n + 1 if up else 2 * n)
+    return _resample((draw(st.integers(1, 3)), draw(st.integers(1, 20)), draw(size), draw(size)), up)
+
+
+_RESAMPLE = Row(
+    "resample",
+    ("x",),
+    examples=tuple(_resample(shape, up) for up in _BOTH for shape in ((2, 3, 4, 6), (1, 2, 2, 2))),
+    edges=tuple(_resample(shape, up) for up in _BOTH for shape in ((0, 3, 4, 4), (2, 0, 4, 4), (1, 1, 2, 2))),
+    large=tuple(_resample((3, 5, 150, 100), up) for up in _BOTH),
+    calls=_resample_calls(),
+    draws=80,
+    twice=True,
+    huge=_resample((33, 4, 4096, 4096), False),
+    network=True,
+)
+
+_NORM_EDGES = ((0, 3, 4, 4), (2, 0, 4, 4), (2, 3, 0, 4), (0, 3), (2, 0), (1, 1, 1, 2), (1, 2))
+_INSTANCE_NORM = Row(
+    "instance_norm",
+    ("x",),
+    examples=tuple(Call((shape,)) for shape in ((2, 3, 4, 2), (2, 3), (2, 2, 3), (2, 3, 1, 1)))
+    + (Call(((2, 3, 3, 3),), {"epsilon": 0.3}),),
+    edges=tuple(Call((shape,)) for shape in _NORM_EDGES),
+    large=(Call(((3, 70, 50, 30),)),),
+    calls=st.builds(
+        lambda shape, epsilon: Call((shape,), {"epsilon": epsilon}),
+        # Over two or three values the gradient cancels, and only rounding is left to compare.
+        _images(st.one_of(st.integers(8, 20), st.integers(60, 140))).filter(lambda s: not 1 < math.prod(s[2:]) < 8),
+        st.sampled_from([1e-6, 0.3]),
+    ),
+    draws=100,
+    huge=Call(((33, 4, 4096, 4096),)),
+    network=True,
+)
+
+
+def _bias_act(shape: Shape, **options: Any) -> Call:
+    return Call((shape, shape[1:2], shape), options)
+
+
+_ACTIVATIONS = ("tanh", "leaky_relu", "linear")
+_BIAS_ACT = Row(
+    "bias_act",
+    ("x", "bias", "residual"),
+    examples=tuple(
+        _bias_act(shape, activation=activation, gain=0.7)
+        for activation, shape in zip(_ACTIVATIONS, ((2, 3), (2, 3, 4, 2), (2, 2, 3)), strict=True)
+    ),
+    edges=tuple(_bias_act(shape, activation="leaky_relu") for shape in _EDGES),
+    large=(_bias_act((3, 5, 150, 100), activation="tanh", gain=0.7),),
+    calls=st.builds(
+        _bias_act,
+        _images(st.integers(1, 40)),
+        activation=st.sampled_from(_ACTIVATIONS),
+        slope=st.sampled_from([0.0, 0.1]),
+        gain=st.sampled_from([1.0, 0.7]),
+    ),
+    draws=100,
+    huge=_bias_act((33, 4, 4096, 4096), activation="leaky_relu"),
+    network=True,
+)
+
+
+ROWS = (_ACTNORM, _BIAS_ACT, _CONV1X1, _COUPLING, _FLOW_STEP, _HAAR, _INSTANCE_NORM, _LU, _RESAMPLE)
 DEVICES = ("cpu", *([pytest.param("cuda", marks=pytest.mark.cuda)] if torch.cuda.is_available() else []))
 
 every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)

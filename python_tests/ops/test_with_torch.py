@@ -60,7 +60,18 @@ def test_inductor_compiles_to_one_graph(device):
 
 
 @every_device
-@every_example()
+@every_example([row for row in ROWS if row.network])
+def test_ops_of_networks_keep_their_precision_under_autocast(row, call, device):
+    for dtype in (torch.float32, torch.bfloat16):
+        tensors = row.inputs(call, dtype, device=device)
+        with torch.autocast(device, torch.bfloat16):
+            outputs = row.function(call)(*tensors)
+        for ours, expected in zip(outputs, row.function(call)(*tensors), strict=True):
+            assert ours.dtype == dtype and torch.equal(ours, expected)
+
+
+@every_device
+@every_example([row for row in ROWS if not row.network])
 def test_flow_variables_stay_float32_under_autocast(row, call, device):
     for raw_dtype in (torch.float32, torch.bfloat16):
         options = {"device": device, "raw_dtype": raw_dtype, "parameter_dtype": torch.float32}
