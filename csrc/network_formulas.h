@@ -86,7 +86,7 @@ struct HyperbolicTangent {
 
 // f(A{}) for the activation of that number.
 template <class F>
-inline void visit_activation(Activation activation, const F& f) {
+HFLOW_HD void visit_activation(Activation activation, const F& f) {
   switch (activation) {
     case Activation::linear: return f(Linear{});
     case Activation::leaky_relu: return f(LeakyRelu{});

@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kThreads) bias_act_forward_kernel(BiasAct<S, T
     visit_activation(op.activation, [&](auto a) {
 #pragma unroll
       for (int i = 0; i < V; ++i)
-        values[i] = bias_act<decltype(a)>(values[i], bias[i], merged[i], op.slope, op.gain);
+        values[i] = hflow::bias_act<decltype(a)>(values[i], bias[i], merged[i], op.slope, op.gain);
     });
     store(values, low, high, y + offset);
   });
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kThreads) bias_act_forward_kernel(BiasAct<S, T
 
 // grad_residual and partial may be null; partial[parts][channels] are the sums of grad_x, block by block.
 template <class Grid, class S, class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)  // four blocks per SM leave enough registers for eight elements
     bias_act_backward_kernel(BiasAct<S, T> op, const S* grad_y, S* grad_x, S* grad_residual, T* partial, Grid grid) {
   constexpr int V = Grid::vector;
   const ThreadBiases<Grid, S, T> bias(grid, op.bias);
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kThreads)
     visit_activation(op.activation, [&](auto a) {
 #pragma unroll
       for (int i = 0; i < V; ++i)
-        values[i] = bias_act_backward<decltype(a)>(values[i], bias[i], grads[i], op.slope, op.gain);
+        values[i] = hflow::bias_act_backward<decltype(a)>(values[i], bias[i], grads[i], op.slope, op.gain);
     });
 #pragma unroll
     for (int i = 0; i < V; ++i) {

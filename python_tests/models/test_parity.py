@@ -95,24 +95,27 @@ def test_every_gradient(model, x, golden):
     assert compared == {key for key in golden if key.startswith("grad.")}
 
 
-def test_adam_trajectory(original_model, original_config, golden):
-    """Six steps stay on the original's path.
+@pytest.mark.parametrize(("dtype", "steps"), [(torch.float32, 3), (torch.float64, 6)])
+def test_adam_trajectory(original_model, original_config, golden, dtype, steps):
+    """Three steps stay on the original's path, and six in float64.
 
     Adam's first steps have the size of the learning rate whatever the gradient's size, so where a gradient is nearly
-    zero its rounding decides the direction, and paths part. Computed with one thread instead of two, the original
-    departs from its own numbers from the fourth step on, by up to 1.2e-4 (losses) and 2.5e-4 (norms). So agreement is to
-    parity for three steps and, after them, as close as paths that parted by a few such directions.
+    zero its rounding decides the direction, and paths in float32 part: computed with one thread instead of two, the
+    original departs from its own numbers from the fourth step on, by up to 1.2e-4 (losses) and 2.5e-4 (norms), and
+    another processor's rounding takes ours as far. In float64 the path is the same everywhere, and what is left is the
+    original's own rounding.
     """
     general = original_config["GENERAL"]
     rates = {"encoders": "LEARNING_RATE_ENCODERS", "flows": "LEARNING_RATE", "decoders": "LEARNING_RATE_DECODERS"}
-    groups = original_model.parameter_groups()
+    model, x = original_model.to(dtype), golden["x"].to(dtype)
+    groups = model.parameter_groups()
     optimizer = torch.optim.Adam([{"params": groups[name], "lr": general[key]} for name, key in rates.items()])
-    for step in range(6):
-        loss = original_model.loss(golden["x"], noise=False)
+    for step in range(steps):
+        loss = model.loss(x, noise=False)
         assert relative_error(loss.detach(), golden["adam_losses"][step]) < (1e-5 if step < 3 else PARITY)
         optimizer.zero_grad()
         loss.mean().backward()
-        norm = torch.nn.utils.clip_grad_norm_(original_model.parameters(), general["GRAD_CLIP"])
-        assert relative_error(norm, golden["adam_grad_norms"][step]) < (PARITY if step < 3 else 3e-3)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), general["GRAD_CLIP"])
+        assert relative_error(norm, golden["adam_grad_norms"][step]) < (PARITY if step < 3 else 5e-4)
         optimizer.step()
-    assert relative_error(original_model.loss(golden["x"], noise=False).detach(), golden["adam_losses"][6]) < 3e-4
+    assert relative_error(model.loss(x, noise=False).detach(), golden["adam_losses"][steps]) < 3e-4

@@ -5,6 +5,7 @@ A new operation adds its row; test_table.py fails until it has.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -354,12 +355,13 @@ _INSTANCE_NORM = Row(
     large=(_alone((3, 70, 50, 30)),),
     calls=st.builds(
         _alone,
+        # Over a few values that lie close together the gradient cancels, and only rounding is left to compare.
         st.one_of(
-            st.tuples(st.integers(1, 5), st.integers(2, 200)),
-            st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(2, 200)),
-            st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(2, 33), st.integers(1, 33)),
-            st.tuples(st.integers(1, 3), st.integers(60, 140), st.integers(2, 9), st.integers(1, 9)),
-            st.tuples(st.integers(1, 3), st.integers(2, 40), st.just(1), st.just(1)),
+            st.tuples(st.integers(1, 5), st.integers(8, 200)),
+            st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(8, 200)),
+            st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(8, 33), st.integers(1, 33)),
+            st.tuples(st.integers(1, 3), st.integers(60, 140), st.integers(2, 9), st.integers(4, 9)),
+            st.tuples(st.integers(1, 3), st.integers(8, 40), st.just(1), st.just(1)),
         ),
         epsilon=st.sampled_from([1e-6, 0.3]),
     ),

@@ -55,7 +55,8 @@ def use(more: str = "", folder: Path = PACKAGE.parent, **environment: str) -> st
 
 def test_the_extension_is_built_with_every_cpu_kernel():
     assert missing_reason() is None
-    for op in ("actnorm", "conv1x1", "coupling", "flow_step", "haar", "lu"):
+    ops = ("actnorm", "bias_act", "conv1x1", "coupling", "flow_step", "haar", "instance_norm", "lu", "resample")
+    for op in ops:
         assert has_kernel(op, torch.device("cpu")), op
         assert not has_kernel(op, torch.device("meta")), op
 
