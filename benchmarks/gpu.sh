@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, in one command and under 10 minutes: build with CUDA, C++ tests, the tests marked cuda,
+# Everything that wants a GPU, in one command and about 10 minutes: build with CUDA, C++ tests, the tests marked cuda,
 # op timings, and last, for as long as it takes, compute-sanitizer.
 #   benchmarks/gpu.sh [FOLDER]     FOLDER defaults to $OUT, then to runs/gpu; every step leaves its log there
 # Needs nvcc and a torch built with CUDA; PYTHON chooses the interpreter. Goes on after a failed step; the end tells.
@@ -52,9 +52,10 @@ fi
 
 step pytest 240 "$python" -m pytest -q -m cuda python_tests
 
-step bench 240 "$python" -m hflow_fast bench --device cuda --no-compile --bf16-raw --results "$out" \
+step bench 240 "$python" -m hflow_fast bench --device cuda --repeats 15 --no-compile --bf16-raw --results "$out" \
   --plot "$out/ops.png" --markdown "$out/benchmarks.md"
-step bench-compile 240 "$python" -m hflow_fast bench --device cuda --cases 4×3×128 --repeats 20 --results "$out"
+step bench-compile 200 "$python" -m hflow_fast bench --device cuda --ops coupling,flow_step,glow_step --cases 4×3×128 \
+  --results "$out/compile"
 
 if command -v compute-sanitizer > /dev/null; then
   for tool in memcheck racecheck initcheck; do

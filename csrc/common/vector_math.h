@@ -51,7 +51,8 @@ HFLOW_HD To bits(From from) {
   return to;
 }
 
-// NaN stays NaN in x, as in torch.clamp. In two steps, each is one instruction: max and min that keep the second operand.
+// NaN stays NaN in x, as in torch.clamp. Each step is one instruction: a maximum or minimum that keeps its second
+// operand.
 template <class T>
 HFLOW_HD T clamp(T x, T low, T high) {
   const T above = x < low ? low : x;

@@ -87,6 +87,11 @@ struct Mix {
   };
 };
 
+template <class T, class... Args>
+inline void mix(Args... args) {
+  run_wide_leaf<Mix<T>::template Wide>(args...);
+}
+
 // Sums over pixels stay sums of every 16th pixel, or every 8th or 4th where vectors are shorter, until their group of
 // tiles ends: such loops vectorise without reassociation.
 inline constexpr int64_t kLanes = 16;
@@ -130,7 +135,8 @@ struct OuterProduct {
         for (int c = 0; c < C; ++c) std::memcpy(sums + (o * channels + c) * kLanes, &total[o][c], Bytes);
       for (int j = 0; p < n; ++p, ++j)
         for (int o = 0; o < O; ++o)
-          for (int c = 0; c < C; ++c) sums[(o * channels + c) * kLanes + j] += g[o * g_stride + p] * x[c * x_stride + p];
+          for (int c = 0; c < C; ++c)
+            sums[(o * channels + c) * kLanes + j] += g[o * g_stride + p] * x[c * x_stride + p];
     }
 
     template <int O>
@@ -177,6 +183,11 @@ struct OuterProduct {
     }
   };
 };
+
+template <class T, class... Args>
+inline void add_outer_product(Args... args) {
+  run_wide_leaf<OuterProduct<T>::template Wide>(args...);
+}
 
 // How memory splits into tiles of about `elements`: `samples` blocks of `pixels`, with the strides between channels and
 // between pixels. `merge` lets tiles span samples where all pixels lie side by side.

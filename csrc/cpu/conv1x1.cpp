@@ -25,7 +25,7 @@ void forward(const Tiling& tiling, Memory x, const T* weight, const T* bias, Mem
       const Tile<T> in = Tile<T>::load(tiling, x, offset, n, in_buffer);
       const Tile<T> out(tiling, y, offset, out_buffer);
       const T* in_rows = in.rows;
-      run_wide_leaf<Mix<T>::template Wide>(in_rows, in.stride, out.rows, out.stride, n, tiling.channels, weight, bias);
+      mix<T>(in_rows, in.stride, out.rows, out.stride, n, tiling.channels, weight, bias);
       out.store(tiling, y, offset, n, out_buffer);
     });
   });
@@ -44,9 +44,9 @@ std::vector<double> backward(const Tiling& tiling, Memory x, Memory grad_y, cons
       const Tile<T> grad = Tile<T>::load(tiling, grad_y, offset, n, grad_buffer);
       const Tile<T> out(tiling, grad_x, offset, out_buffer);
       const T *grad_rows = grad.rows, *in_rows = in.rows;
-      run_wide_leaf<Mix<T>::template Wide>(grad_rows, grad.stride, out.rows, out.stride, n, tiling.channels, transposed, zeros.data());
+      mix<T>(grad_rows, grad.stride, out.rows, out.stride, n, tiling.channels, transposed, zeros.data());
       out.store(tiling, grad_x, offset, n, out_buffer);
-      run_wide_leaf<OuterProduct<T>::template Wide>(grad_rows, grad.stride, in_rows, in.stride, n, tiling.channels, lanes.data());
+      add_outer_product<T>(grad_rows, grad.stride, in_rows, in.stride, n, tiling.channels, lanes.data());
     });
     sums.fold(group, lanes);
   });

@@ -114,8 +114,7 @@ void forward(const FlowStep<T>& step, const T* weight, const T* bias, Memory y, 
         }
       });
       const Tile<T> out(tiling, y, offset, scratch);
-      run_wide_leaf<Mix<T>::template Wide>(static_cast<const T*>(rows), tiling.tile, out.rows, out.stride, n, tiling.channels, weight,
-                       bias);
+      mix<T>(static_cast<const T*>(rows), tiling.tile, out.rows, out.stride, n, tiling.channels, weight, bias);
       out.store(tiling, y, offset, n, scratch);
     });
   });
@@ -139,10 +138,9 @@ std::vector<double> backward(const FlowStep<T>& step, const T* transposed, Memor
     tiling.for_tiles(group, [&](int64_t offset, int64_t n) {
       const Tile<T> grad = Tile<T>::load(tiling, grad_y, offset, n, grad_buffer);
       const T *g = grad.rows, *u = rows;
-      run_wide_leaf<Mix<T>::template Wide>(g, grad.stride, static_cast<T*>(grad_rows), tiling.tile, n, tiling.channels, transposed,
-                       zeros.data());
+      mix<T>(g, grad.stride, static_cast<T*>(grad_rows), tiling.tile, n, tiling.channels, transposed, zeros.data());
       step.couple_backward(offset, n, grad_rows, rows, scratch, grad_log_det, grad_x, grad_raw);
-      run_wide_leaf<OuterProduct<T>::template Wide>(g, grad.stride, u, tiling.tile, n, tiling.channels, lanes.data());
+      add_outer_product<T>(g, grad.stride, u, tiling.tile, n, tiling.channels, lanes.data());
     });
     sums.fold(group, lanes);
   });

@@ -16,7 +16,7 @@ __all__ = ["QUANTILES", "Timer", "Timing"]
 
 QUANTILES = (20, 50, 80)  # %
 _LARGE = 64 * 2**20  # bytes of the copy that measures the memory's bandwidth, read and written
-_GRAPH_CALLS = 20  # in one CUDA graph, so that launching it does not count
+_CALLS = {"eager": 1, "graph": 20}  # per timed function; so many in a CUDA graph that launching it does not count
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Timer:
                 functions.pop(side, None)
                 notes[side] = f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0][:100]}"
                 continue
-            calls[side] = max(1, math.ceil(self.shortest / once))
+            calls[side] = max(1, math.ceil(self.shortest / once / _CALLS[method]))
         samples: dict[str, list[float]] = {side: [] for side in functions}
         for _ in range(self.repeats):
             for side, function in functions.items():
@@ -106,13 +106,12 @@ class Timer:
         torch.cuda.current_stream(self.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            for _ in range(_GRAPH_CALLS):
+            for _ in range(_CALLS["graph"]):
                 function()
         return graph.replay
 
     def _clock(self, method: str, function: Function, calls: int) -> float:
-        """Microseconds of one call, averaged over ``calls``: by events on a GPU, waiting for the device."""
-        each = _GRAPH_CALLS if method == "graph" else 1
+        """Microseconds of one call, averaged over ``calls`` of ``function``: by events on a GPU, waiting for it."""
         if self.device.type != "cuda":
             begin = time.perf_counter()
             for _ in range(calls):
@@ -126,7 +125,7 @@ class Timer:
                 function()
             end.record()
             end.synchronize()
-            return begin.elapsed_time(end) * 1e3 / calls / each
+            return begin.elapsed_time(end) * 1e3 / calls / _CALLS[method]
 
 
 def _copy(size: int, device: torch.device) -> Function:

@@ -30,8 +30,8 @@ def table(rows: Sequence[Row]) -> str:
     lines.append("geometric means of the ratios (smallest to largest)")
     lines += [f"  {op:<10} {work:<18} {method:<6} " + "   ".join(f"{_SIDES[side]} {means[side]}" for side in means)
               for op, work, method, means in geometric_means(rows)]  # fmt: skip
-    failed = [f"{row['op']} {row['case']} {row['work']} {row['method']}: {row['notes']}" for row in rows if row["notes"]]
-    return "\n".join([*lines, *failed])
+    lines += [f"{r['op']} {r['case']} {r['work']} {r['method']}: {r['notes']}" for r in rows if r["notes"]]
+    return "\n".join(lines)
 
 
 def _times(row: Row, side: str) -> str:
@@ -54,12 +54,14 @@ def _mean(ratios: Sequence[float]) -> str:
 
 _PAGE = """# Benchmarks
 
-Written by `hflow-fast bench --markdown` from the files in `benchmarks/results`; all quantiles, versions and commits are there.
+Written by `hflow-fast bench --markdown` from the files in `benchmarks/results`, where all quantiles, versions and
+commits are.
 
-Every operation is timed in turn with plain torch doing the same (`hflow_fast.reference`), with `torch.compile` of that, and with a copy that
-reads and writes as many bytes as the operation must. Times are medians in µs per call, called from Python unless marked "graph" (replayed from a CUDA
-graph); caches stay warm, so the copy of a small case is one within the cache; *floor* is the time for those bytes at the bandwidth of a copy of 64 MiB.
-Ratios are how many times longer the others take. Compiling is not counted.
+Every operation is timed in turn with plain torch doing the same (`hflow_fast.reference`), with `torch.compile` of that,
+and with a copy that reads and writes as many bytes as the operation must. Times are medians in µs per call, called from
+Python unless marked "graph" (replayed from a CUDA graph); caches stay warm, so the copy of a small case is one within
+the cache; *floor* is the time for those bytes at the bandwidth of a copy of 64 MiB. Ratios are how many times longer
+the others take. Compiling is not counted.
 
 {device}, {threads} threads, torch {torch}, {dates}. The large copy ran at {bandwidth} GB/s.
 """
@@ -104,7 +106,7 @@ def _markdown_table(lines: Sequence[Sequence[str]]) -> str:
 
 
 def draw_plot(rows: Sequence[Row], path: Path) -> None:
-    """Draws ours, plain torch, torch.compile and the copy of every operation, over the bytes a case moves, into ``path``."""
+    """Draws ours, plain torch, torch.compile and the copy over the bytes that a case moves into ``path``."""
     from matplotlib.figure import Figure  # without pyplot: no window system, no global state
 
     rows = [row for row in rows if row["bytes"]]

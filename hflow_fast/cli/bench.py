@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -80,7 +82,7 @@ def bench(
         click.echo(f"wrote {markdown}")
 
 
-def _check(function, *arguments):
+def _check(function: Callable[..., Any], *arguments: Any) -> Any:
     """The function's result; what it finds wrong with the results becomes one line."""
     try:
         return function(*arguments)

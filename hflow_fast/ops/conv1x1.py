@@ -26,7 +26,8 @@ def conv1x1(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
     The invertible 1 × 1 convolution of Glow (Kingma and Dhariwal, 2018, section 3.2). The inverse is the same function
     with the inverse matrix; the log-determinant, H·W·log\|det W\|, comes from :func:`hflow_fast.ops.lu`. An actnorm
     before or after folds into ``weight`` and ``bias``. Few channels run in a kernel with one read and one write of x,
-    many (above 32, or 12 for channels_last on a processor) through a matrix product. Sums are float32, or float64 for float64 x.
+    many (above 32, or 12 for channels_last on a processor) through a matrix product. Sums are float32, or float64 for
+    float64 x.
 
     Args:
         x: (B, C), (B, C, L) or (B, C, H, W); contiguous and channels_last are read as they are, other strides are made

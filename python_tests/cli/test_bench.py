@@ -22,7 +22,8 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 def test_times_a_case_keeps_it_and_shows_it(tmp_path: Path) -> None:
-    options = ("--ops", "lu", "--cases", "28×4×4", "--repeats", 2, "--no-compile", "--device", "cpu", "--results", tmp_path)
+    options = ("--ops", "lu", "--cases", "28×4×4", "--repeats", 2, "--no-compile", "--device", "cpu",
+               "--results", tmp_path)
     for _ in range(2):
         result = hflow_fast("bench", *options, "--plot", tmp_path / "ops.png", "--markdown", tmp_path / "page.md")
         assert result.exit_code == 0, result.output
@@ -127,7 +128,8 @@ def test_compiles_and_reports_what_cannot_be_compiled() -> None:
 
 
 def test_rows_survive_the_file(tmp_path: Path) -> None:
-    row = dict.fromkeys(COLUMNS, "") | {"op": "haar", "case": "1×1", "device": "d", "threads": "2", "date": "2026-01-01"}
+    row = dict.fromkeys(COLUMNS, "")
+    row |= {"op": "haar", "case": "1×1", "device": "d", "threads": "2", "date": "2026-01-01"}
     later = row | {"ours_us_q50": "3.0", "date": "2026-01-02"}
     append_rows([row], tmp_path)
     append_rows([later, later | {"threads": "1", "date": "2026-01-01"}], tmp_path)
