@@ -123,10 +123,10 @@ struct CouplingBlocks {
 template <int V, class S, class R>
 struct CouplingGrid {
   static constexpr int vector = V;
-  static constexpr int pieces = V > 1 ? 1 : std::is_same_v<S, double> ? 2 : 4;  // vectors in flight per thread
+  static constexpr int pieces = V > 1 || sizeof(S) == 8 ? 1 : 4;  // vectors in flight per thread
   static constexpr int elements = V * pieces;
   // What registers are shared out for: 64 per thread where that suffices, else 128. Forward then has 24 KB of loads in
-  // flight on an SM, more than memory's latency needs; 12 to 16 KB where half types go element by element.
+  // flight on an SM, more than memory's latency needs; 12 to 16 KB where half types or float64 go element by element.
   static constexpr int blocks_per_sm = V == 4 ? 4 : 2;
   using X = S;
   using Raw = R;
