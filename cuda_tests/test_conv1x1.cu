@@ -78,8 +78,8 @@ int main() {
     }
   }
   const MixShape shapes[] = {
-      {2, 3, 1100, true}, {2, 3, 1028, false}, {1, 32, 264, true}, {40, 5, 9, true},  {40, 6, 8, false}, {9, 4, 2, true},
-      {70, 12, 1, false}, {1, 1, 1, false},    {0, 3, 4, true},    {2, 0, 4, false},  {2, 3, 0, true},
+      {2, 3, 1100, true}, {2, 3, 1028, false}, {1, 32, 264, true}, {40, 5, 9, true}, {40, 6, 8, false}, {9, 4, 2, true},
+      {70, 12, 1, false}, {1, 1, 1, false},    {0, 3, 4, true},    {2, 0, 4, false}, {2, 3, 0, true},
   };
   for (const MixShape& shape : shapes) {
     for (size_t offset : {0, 1}) {
@@ -89,5 +89,7 @@ int main() {
       test_case<__half, float>(shape, offset, "float16", 5e-4);
     }
   }
+  // Small tiles, but more of them than backward has blocks: once, since they are many.
+  test_case<double, double>({540, 17, 33, true}, 0, "float64", 0);
   return test::report();
 }

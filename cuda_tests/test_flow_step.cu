@@ -1,6 +1,7 @@
 // The kernels of csrc/cuda/flow_step.cuh against double on the host: dtypes and pairs of dtypes, both memory formats, 1
 // to 32 channels, every scale map, layout, form and active set, pixel counts that tiles and vectors do not divide,
-// several samples per tile and several tiles per sample, unaligned memory, empty inputs; the same bits in a second run.
+// several samples per tile and several tiles per sample, more tiles than backward has blocks, unaligned memory, empty
+// inputs; the same bits in a second run.
 // The expected gradients are derivatives of the expected outputs, written out here.
 #include "cuda/flow_step.cuh"
 
@@ -62,8 +63,9 @@ template <class S, class R, class T>
 void test_case(const Case& c, const std::string& types) {
   const CouplingOptions& o = c.options;
   const int64_t pixels = c.height * c.width, channels = c.channels;
-  char text[160];
-  std::snprintf(text, sizeof text, "%s (%d, %d, %d, %d)%s map %d layout %d form %d active %d block %d parity %d%s%s%s: ",
+  char text[200];
+  std::snprintf(text, sizeof text,
+                "%s (%d, %d, %d, %d)%s map %d layout %d form %d active %d block %d parity %d%s%s%s: ",
                 types.c_str(), int(c.samples), c.channels, int(c.height), int(c.width),
                 c.channels_last ? " channels last" : "", int(o.map), int(o.layout), int(o.form), int(o.active),
                 int(o.block), int(o.parity), o.inverse ? " inverse" : "", c.compact ? " compact" : "",
@@ -107,7 +109,8 @@ void test_case(const Case& c, const std::string& types) {
         const double value = test::as_double(x[at]);
         double grad_u = 0, grad_u_size = 0;
         for (int k = 0; k < channels; ++k) {
-          const double term = double(weight[k * channels + channel]) * test::as_double(grad_y[place(channels, b, k, pixel)]);
+          const double g = test::as_double(grad_y[place(channels, b, k, pixel)]);
+          const double term = double(weight[k * channels + channel]) * g;
           grad_u += term, grad_u_size += std::fabs(term);
         }
         u[channel] = value, u_size[channel] = std::fabs(value), grad_x[at] = grad_u, grad_x_size[at] = grad_u_size;
@@ -209,7 +212,8 @@ int main() {
         options.active = static_cast<ActiveSet>(active), options.layout = static_cast<Layout>(layout);
         options.block = int64_t{1} << (active + layout) % 4, options.parity = layout % 2;
         test_case<float, float, float>({3, 5, 9, 4, channels_last, options, false, 0}, "float32");
-        test_case<float, __nv_bfloat16, float>({1, 8, 6, 8, channels_last, options, layout % 2 == 0, 0}, "float32/bfloat16");
+        test_case<float, __nv_bfloat16, float>({1, 8, 6, 8, channels_last, options, layout % 2 == 0, 0},
+                                               "float32/bfloat16");
       }
     }
   }
@@ -236,5 +240,7 @@ int main() {
       test_case<__half, __half, float>(shape, "float16");
     }
   }
+  // Small tiles, but more of them than backward has blocks: once, since they are many.
+  test_case<double, double, double>({540, 17, 11, 3, false, clipped, false, 0}, "float64");
   return test::report();
 }

@@ -50,7 +50,9 @@ class Repeatable {
     }
     for (size_t i = 0; i < expected.size(); ++i) {
       const double scale = size[i] > 0 ? size[i] : 1;
-      expect_close(name_ + what + "[" + std::to_string(i) + "]", as_double(got[i]) / scale, expected[i] / scale, epsilon);
+      if (!close(as_double(got[i]) / scale, expected[i] / scale, epsilon))
+        expect_close(name_ + what + "[" + std::to_string(i) + "]", as_double(got[i]) / scale, expected[i] / scale,
+                     epsilon);
     }
   }
 

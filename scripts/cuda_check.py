@@ -4,7 +4,8 @@ python scripts/cuda_check.py [--jobs 2] [--source csrc/cuda/actnorm.cu ...]
 
 Prints one line per kernel and architecture; fails where a kernel does not compile, uses local memory (spills or a stack
 frame), or has a vector width above 1 as a template argument of its grid but no 16-byte loads and stores (kernels that
-choose the width at run time: no 16-byte loads). Finished results are kept in build/cuda-check and made again when a source, a header, the flags or nvcc change.
+choose the width at run time: no 16-byte loads). Finished results are kept in build/cuda-check and made again when a
+source, a header, the flags or nvcc change.
 """
 
 from __future__ import annotations

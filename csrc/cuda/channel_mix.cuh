@@ -5,10 +5,10 @@
 // formats look alike, and every element of device memory is touched once.
 //   memory → tile     In the order of memory, 16 bytes per access where pointers and sizes allow, else one element per
 //                     lane. Ops do their elementwise work here.
-//   tile → registers  Eight output channels × a few pixels per thread: every value read from shared memory meets several
-//                     others, or its bandwidth would be the limit from 16 channels on.
-//   tile → sums       Σ over pixels of g[o]·u[c], 8 × 4 pairs (o, c) per thread, the pixels dealt out among threads. The
-//                     sums stay in registers from tile to tile; then one partial sum per block, and a second small
+//   tile → registers  Eight output channels × a few pixels per thread: every value read from shared memory meets
+//                     several others, or its bandwidth would be the limit from 16 channels on.
+//   tile → sums       Σ over pixels of g[o]·u[c], 8 × 4 pairs (o, c) per thread, the pixels dealt out among threads.
+//                     The sums stay in registers from tile to tile; then one partial sum per block, and a second small
 //                     kernel adds those in order.
 // Tiles and grids depend on the shape alone and there are no atomics: the same bits from run to run and GPU to GPU.
 #pragma once
@@ -253,21 +253,24 @@ __device__ int mix_vectors(const MixTiling& tiling) {
   return tiling.shape.channels * tiling.capacity / V;
 }
 
-// The first `count` elements of a vector, zeros for the others.
-template <class Format, int V, class S, class T>
-__device__ __forceinline__ void mix_read(const S* from, int count, T (&values)[V]) {
+// The first `count` elements of a vector as they are, zeros for the others.
+template <class Format, int V, class S>
+__device__ __forceinline__ void mix_read(const S* from, int count, S (&packed)[V]) {
 #pragma unroll
-  for (int k = 0; k < V; ++k) values[k] = T(0);
+  for (int k = 0; k < V; ++k) packed[k] = to_memory<S>(ComputeType<S>(0));
   if (count == V) {
-    S packed[V];
     load_packed<V>(from, packed);
-#pragma unroll
-    for (int k = 0; k < V; ++k) values[k] = to_compute<T>(packed[k]);
   } else if (V > 1 && !Format::kWholeVectors) {
 #pragma unroll
     for (int k = 0; k < V; ++k)
-      if (k < count) values[k] = to_compute<T>(from[k]);
+      if (k < count) packed[k] = from[k];
   }
+}
+
+template <int V, class S, class T>
+__device__ __forceinline__ void mix_unpack(const S (&packed)[V], T (&values)[V]) {
+#pragma unroll
+  for (int k = 0; k < V; ++k) values[k] = to_compute<T>(packed[k]);
 }
 
 template <class Format, int V, class S, class T>
@@ -288,21 +291,24 @@ __device__ __forceinline__ void mix_write(const T (&values)[V], int count, S* to
 template <int V, class Format, class S, class T>
 __device__ void mix_load(const S* from, const MixTiling& tiling, const TileSpan& span,
                          const MixMemory<Format, T>& memory, int tile) {
-  constexpr int kAtOnce = V == 1 ? 8 : V == 8 ? 2 : 4;  // loads under way before the first is waited for
+  constexpr int kAtOnce = V == 1 ? 8 : 4;  // loads under way before the first is waited for
 #pragma unroll 1
   for (int first = threadIdx.x; first < mix_vectors<V>(tiling); first += kAtOnce * kMixThreads) {
-    T values[kAtOnce][V];
+    S packed[kAtOnce][V];
 #pragma unroll
     for (int k = 0; k < kAtOnce; ++k) {
       const int i = first + k * kMixThreads;
       const TilePlace place = Format::template place<V>(tiling, span, i);
       mix_read<Format>(from + Format::offset(tiling, place, tiling.shape.channels, place.channel),
-                       i < mix_vectors<V>(tiling) ? place.count : 0, values[k]);
+                       i < mix_vectors<V>(tiling) ? place.count : 0, packed[k]);
     }
 #pragma unroll
     for (int k = 0; k < kAtOnce; ++k) {
       const int i = first + k * kMixThreads;
-      if (i < mix_vectors<V>(tiling)) memory.put(tile, Format::template place<V>(tiling, span, i), values[k]);
+      if (i >= mix_vectors<V>(tiling)) break;
+      T values[V];
+      mix_unpack(packed[k], values);
+      memory.put(tile, Format::template place<V>(tiling, span, i), values);
     }
   }
 }

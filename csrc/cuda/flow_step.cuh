@@ -1,5 +1,5 @@
-// flow_step on CUDA: coupling, then y = W u + b per pixel, up to 32 channels, and its backward. Torch-free: raw pointers
-// and a stream.
+// flow_step on CUDA: coupling, then y = W u + b per pixel, up to 32 channels, and its backward. Torch-free: raw
+// pointers and a stream.
 //
 // A block of 128 threads works on one tile of pixels at a time (channel_mix.cuh), which is whole samples or a part of
 // one. x is coupled on its way into shared memory, in the order of memory: what meets it from raw are vectors, too,
@@ -123,8 +123,10 @@ __device__ T couple_tile(const S* x, const R* raw, const MixTiling& tiling, cons
   for (int i = threadIdx.x; i < mix_vectors<V>(tiling); i += kMixThreads) {
     const TilePlace place = Format::template place<V>(tiling, span, i);
     T values[V], scales[V], log_scales[V];
-    mix_read<Format>(x + Format::offset(tiling, place, tiling.shape.channels, place.channel), place.count, values);
+    S packed[V];
+    mix_read<Format>(x + Format::offset(tiling, place, tiling.shape.channels, place.channel), place.count, packed);
     const RawVector<Format, V, R, T> from(raw, tiling, options, place);
+    mix_unpack(packed, values);
     if (from.active != 0) {
       visit_scale_map(options.map, [&](auto map) {
         using Map = decltype(map);
@@ -223,8 +225,10 @@ __device__ void couple_tile_backward(const S* x, const R* raw, const T* grad_log
     const TilePlace place = Format::template place<V>(tiling, span, i);
     const int64_t offset = Format::offset(tiling, place, tiling.shape.channels, place.channel);
     T values[V], grads[V], grad_scales[V] = {}, grad_shifts[V] = {};
-    mix_read<Format>(x + offset, place.count, values);
+    S packed[V];
+    mix_read<Format>(x + offset, place.count, packed);
     const RawVector<Format, V, R, T> from(raw, tiling, options, place);
+    mix_unpack(packed, values);
     memory.get(1, place, grads);
     if (from.active != 0) {
       T scales[V];
@@ -299,8 +303,8 @@ int64_t flow_step_forward_partial_size(const MixShape& shape) {
   return tiling.tiles_per_sample > 1 ? tiling.tiles() : 0;
 }
 
-// S is the type of x, y and their gradients, R that of raw and its gradient; T, float or double, of all else. What is in
-// memory is dense in one format. `geometry` belongs to the shape and to raw's channels.
+// S is the type of x, y and their gradients, R that of raw and its gradient; T, float or double, of all else. x and raw
+// are dense in one format; `geometry` belongs to their shapes.
 template <class S, class R, class T>
 cudaError_t flow_step_forward(const S* x, const R* raw, const T* weight, const T* bias, S* y, T* log_det, T* partial,
                               const MixShape& shape, const CouplingOptions& options, const CouplingGeometry& geometry,
