@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from .. import ops, reference
+from .. import ops
 from .._extension import has_kernel
+from . import plain
 
 __all__ = ["OPS", "Case", "Op", "cases_of"]
 
@@ -34,8 +35,11 @@ SHAPES = {
     "large": [(16, 16, 256, 256)],  # 64 MiB
 }  # fmt: skip
 CHANNELS_LAST = {"HFlow": (16, 8, 32, 32), "Glow": (64, 24, 16, 16)}
-# A-128 has 28 small matrices, of 3, 4 and 8 channels; they go through one call, padded to the largest.
+# Inside networks: A-128's encoders, decoders and coupling networks at batch 4, and 64 MiB.
+FEATURES = [(4, 64, 128, 128), (4, 64, 64, 64), (4, 256, 64, 64), (4, 512, 32, 32), (4, 512, 8, 8), (16, 64, 128, 128)]
+FEATURES_CHANNELS_LAST = (4, 256, 64, 64)
 MATRICES = [(28, 4, 4), (28, 8, 8), (16, 48, 48)]
+A128_STACKS = [(4, 3, 3), (8, 4, 4), (8, 8, 8), (8, 8, 8)]  # the 28 small matrices of A-128
 
 
 @dataclass(frozen=True)
@@ -62,13 +66,15 @@ class Op:
     """How an operation is timed.
 
     ``tensors`` makes the differentiable arguments; ``call`` takes a module (``hflow_fast.ops`` or its plain torch twin,
-    ``hflow_fast.reference``), the tensors and the input, and calls the operation. ``kernels`` have to exist for it.
+    ``hflow_fast.bench.plain``), the tensors and the input, and calls the operation. ``kernels`` have to exist for it.
     """
 
     tensors: Callable[[Input, Random], list[Tensor]]
     call: Callable[[Any, list[Tensor], Input], Any]
     kernels: tuple[str, ...]
-    inputs: Literal["images", "matrices"] = "images"
+    inputs: Literal["images", "matrices", "stacks", "features"] = "images"
+    models: tuple[str, ...] = ("",)
+    """Of features: what ``call`` tells apart."""
     reads_raw: bool = False
     rereads: bool = True
     """Whether the backward pass needs the inputs (or as much of the outputs) again."""
@@ -130,6 +136,12 @@ OPS = {
         kernels=("lu",),
         inputs="matrices",
     ),
+    "lu_many": Op(
+        lambda given, random: [random(*shape) for shape in A128_STACKS],
+        lambda module, tensors, given: sum(module.lu_many(tensors), ()),
+        kernels=("lu_many",),
+        inputs="stacks",
+    ),
     "coupling": Op(
         _x_and_raw,
         lambda module, tensors, given: module.coupling(*tensors, given.spec),
@@ -147,6 +159,26 @@ OPS = {
         lambda module, tensors, given: module.haar(*tensors),
         kernels=("haar",),
         rereads=False,
+    ),
+    "resample": Op(
+        lambda given, random: [_x(given, random)],
+        lambda module, tensors, given: module.resample(*tensors, up=given.model == "up"),
+        kernels=("resample",),
+        inputs="features",
+        models=("down", "up"),
+        rereads=False,
+    ),
+    "instance_norm": Op(
+        lambda given, random: [_x(given, random)],
+        lambda module, tensors, given: module.instance_norm(*tensors),
+        kernels=("instance_norm",),
+        inputs="features",
+    ),
+    "bias_act": Op(
+        lambda given, random: [_x(given, random), random(given.shape[1]), _x(given, random)],
+        lambda module, tensors, given: module.bias_act(*tensors, activation="leaky_relu", gain=0.5**0.5),
+        kernels=("bias_act",),
+        inputs="features",
     ),
     "glow_step": Op(
         lambda given, random: [
@@ -176,11 +208,11 @@ class Case:
 
     def eager(self) -> Function:
         """Plain torch."""
-        return self.implement(reference, _as_it_is)
+        return self.implement(plain, _as_it_is)
 
     def compiled(self) -> Function:
         """Plain torch through torch.compile; compiles when it is first called."""
-        return self.implement(reference, partial(torch.compile, dynamic=False, fullgraph=True))
+        return self.implement(plain, partial(torch.compile, dynamic=False, fullgraph=True))
 
 
 def _as_it_is(function: Callable) -> Callable:
@@ -206,6 +238,14 @@ def cases_of(
 def _inputs(op: Op, bf16_raw: bool) -> Iterator[Input]:
     if op.inputs == "matrices":
         yield from (Input("", shape) for shape in MATRICES)
+        return
+    if op.inputs == "stacks":
+        yield Input("A-128", (sum(count for count, *_ in A128_STACKS),))
+        return
+    if op.inputs == "features":
+        for model in op.models:
+            yield from (Input(model, shape) for shape in FEATURES)
+            yield Input(model, FEATURES_CHANNELS_LAST, channels_last=True)
         return
     for raw_dtype in [torch.float32, *[torch.bfloat16] * (bf16_raw and op.reads_raw)]:
         for model, shapes in SHAPES.items():
@@ -250,7 +290,7 @@ def _cases(name: str, op: Op, given: Input, device: torch.device) -> Iterator[Ca
     with FakeTensorMode():  # sizes without data
         tensors = op.tensors(given, Random(device))
         inside = sum(map(_bytes, tensors))
-        outside = sum(map(_bytes, outputs_of(function_of(reference, _as_it_is), tensors)))
+        outside = sum(map(_bytes, outputs_of(function_of(plain, _as_it_is), tensors)))
     dtype = "float32 + bf16 raw" if given.raw_dtype == torch.bfloat16 else "float32"
     yield Case(name, given.name, "forward", dtype, inside + outside, forward)
     both = inside + outside + outside + inside * (2 if op.rereads else 1)

@@ -57,7 +57,7 @@ _PAGE = """# Benchmarks
 Written by `hflow-fast bench --markdown` from the files in `benchmarks/results`, where all quantiles, versions and
 commits are.
 
-Every operation is timed in turn with plain torch doing the same (`hflow_fast.reference`), with `torch.compile` of that,
+Every operation is timed in turn with plain torch doing the same (`hflow_fast.bench.plain`), with `torch.compile` of that,
 and with a copy that reads and writes as many bytes as the operation must. Times are medians in µs per call, called from
 Python unless marked "graph" (replayed from a CUDA graph); caches stay warm, so the copy of a small case is one within
 the cache; *floor* is the time for those bytes at the bandwidth of a copy of 64 MiB. Ratios are how many times longer
