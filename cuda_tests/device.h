@@ -63,7 +63,7 @@ class Buffer {
 
  private:
   static constexpr size_t kGuard = 256;
-  static constexpr unsigned char kFill = 0xA5;
+  static constexpr unsigned char kFill = 0xFF;  // NaN in every dtype: an element that nobody wrote is noticed
   size_t size_, offset_, bytes_;
   unsigned char* memory_ = nullptr;
 };
