@@ -7,6 +7,7 @@
 #pragma once
 
 #include "cuda/channel_mix.cuh"
+#include "cuda/channel_sums.cuh"
 
 namespace hflow::cuda {
 

@@ -12,6 +12,8 @@
 
 #include "common/coupling_geometry.h"
 #include "cuda/channel_mix.cuh"
+#include "cuda/channel_sums.cuh"
+#include "cuda/coupling_math.cuh"
 
 namespace hflow::cuda {
 
@@ -22,17 +24,13 @@ inline constexpr int kBackwardVector = kVector<S> > 4 ? 4 : kVector<S>;
 template <class T>
 struct FlowStepOptions {
   CouplingGeometry geometry;
-  CouplingParameters<T> parameters;
-  ScaleMap map;
-  bool shift_before;
+  CouplingMath<T> math;
   bool raw_vectors;  // a vector of x meets vectors of raw
   Divisor width;
 
   FlowStepOptions(const CouplingOptions& options, const CouplingGeometry& geometry)
       : geometry(geometry),
-        parameters(options.form, options.clamp, options.shift_clamp, options.inverse),
-        map(options.map),
-        shift_before(shift_comes_before(options.form, options.inverse)),
+        math(options),
         raw_vectors(false),
         width(geometry.width) {}
 
@@ -117,31 +115,21 @@ struct RawVector {
 template <int V, class Format, class S, class R, class T>
 __device__ T couple_tile(const S* x, const R* raw, const MixTiling& tiling, const TileSpan& span,
                          const FlowStepOptions<T>& options, const MixMemory<Format, T>& memory) {
-  const CouplingParameters<T>& p = options.parameters;
   T sum = 0;
 #pragma unroll 1
   for (int i = threadIdx.x; i < mix_vectors<V>(tiling); i += kMixThreads) {
     const TilePlace place = Format::template place<V>(tiling, span, i);
-    T values[V], scales[V], log_scales[V];
+    T values[V], log_scales[V];
     S packed[V];
     mix_read<Format>(x + Format::offset(tiling, place, tiling.shape.channels, place.channel), place.count, packed);
     const RawVector<Format, V, R, T> from(raw, tiling, options, place);
     mix_unpack(packed, values);
     if (from.active != 0) {
-      visit_scale_map(options.map, [&](auto map) {
-        using Map = decltype(map);
-#pragma unroll
-        for (int k = 0; k < V; ++k) {
-          scales[k] = Map::scale(from.scales[k], p.clamp, p.sign);
-          log_scales[k] = p.sign * Map::log_scale(from.scales[k], p.clamp);
-        }
-      });
+      T u[V];
+      options.math.forward(values, from.scales, from.shifts, u, log_scales);
 #pragma unroll
       for (int k = 0; k < V; ++k) {
-        const T shift = coupling_shift(from.shifts[k], p);
-        const T u = options.shift_before ? couple<true>(values[k], scales[k], shift)
-                                         : couple<false>(values[k], scales[k], shift);
-        values[k] = from.is_active(k) ? u : values[k];
+        values[k] = from.is_active(k) ? u[k] : values[k];
         log_scales[k] = from.is_active(k) ? log_scales[k] : T(0);
         sum += log_scales[k];
       }
@@ -219,7 +207,6 @@ template <int V, class Format, class S, class R, class T>
 __device__ void couple_tile_backward(const S* x, const R* raw, const T* grad_log_det, S* grad_x, R* grad_raw,
                                      const MixTiling& tiling, const TileSpan& span, const FlowStepOptions<T>& options,
                                      const MixMemory<Format, T>& memory) {
-  const CouplingParameters<T>& p = options.parameters;
 #pragma unroll 1
   for (int i = threadIdx.x; i < mix_vectors<V>(tiling); i += kMixThreads) {
     const TilePlace place = Format::template place<V>(tiling, span, i);
@@ -231,30 +218,16 @@ __device__ void couple_tile_backward(const S* x, const R* raw, const T* grad_log
     mix_unpack(packed, values);
     memory.get(1, place, grads);
     if (from.active != 0) {
-      T scales[V];
-      visit_scale_map(options.map, [&](auto map) {
-        using Map = decltype(map);
-#pragma unroll
-        for (int k = 0; k < V; ++k) {
-          scales[k] = Map::scale(from.scales[k], p.clamp, p.sign);
-          grad_scales[k] = Map::derivative(from.scales[k], p.clamp);
-        }
-      });
+      T of_log_det[V], u[V], grad_values[V], of_scales[V], of_shifts[V];
       TilePlace element = place;
 #pragma unroll
-      for (int k = 0; k < V; ++k, Format::advance(tiling, element)) {
-        const T shift = coupling_shift(from.shifts[k], p), derivative = grad_scales[k];
-        grad_scales[k] = T(0);
+      for (int k = 0; k < V; ++k, Format::advance(tiling, element))
+        of_log_det[k] = from.is_active(k) ? grad_log_det[element.sample] : T(0);
+      options.math.backward(values, from.scales, from.shifts, grads, of_log_det, u, grad_values, of_scales, of_shifts);
+#pragma unroll
+      for (int k = 0; k < V; ++k) {
         if (!from.is_active(k)) continue;
-        const T of_log_det = grad_log_det[element.sample], grad_u = grads[k];
-        if (options.shift_before)
-          couple_gradients<true>(values[k], scales[k], derivative, from.shifts[k], grad_u, of_log_det, p, grads[k],
-                                 grad_scales[k], grad_shifts[k]);
-        else
-          couple_gradients<false>(values[k], scales[k], derivative, from.shifts[k], grad_u, of_log_det, p, grads[k],
-                                  grad_scales[k], grad_shifts[k]);
-        values[k] = options.shift_before ? couple<true>(values[k], scales[k], shift)
-                                         : couple<false>(values[k], scales[k], shift);
+        values[k] = u[k], grads[k] = grad_values[k], grad_scales[k] = of_scales[k], grad_shifts[k] = of_shifts[k];
       }
     }
     mix_write<Format>(grads, place.count, grad_x + offset);

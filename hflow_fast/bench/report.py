@@ -17,18 +17,18 @@ _WORKS = ("forward", "forward + backward")
 def table(rows: Sequence[Row]) -> str:
     """One line per row: ours in µs, and how many times the other sides take."""
     lines = [
-        f"{'op':<10} {'case':<34} {'work':<18} {'method':<6} {'ours µs (20–80 %)':>26} {'eager':>7} {'compile':>7} "
+        f"{'op':<13} {'case':<34} {'work':<18} {'method':<6} {'ours µs (20–80 %)':>26} {'eager':>7} {'compile':>7} "
         f"{'copy µs':>8} {'floor µs':>8}"
     ]
     for row in rows:
         ours = f"{float(row['ours_us_q50']):9.1f} ({row['ours_us_q20']}–{row['ours_us_q80']})"
         raw = " bf16 raw" if row["dtype"] != "float32" else ""
         lines.append(
-            f"{row['op']:<10} {row['case'] + raw:<34} {row['work']:<18} {row['method']:<6} {ours:>26} "
+            f"{row['op']:<13} {row['case'] + raw:<34} {row['work']:<18} {row['method']:<6} {ours:>26} "
             f"{_times(row, 'eager'):>7} {_times(row, 'compile'):>7} {row['copy_us_q50']:>8} {row['floor_us']:>8}"
         )
     lines.append("geometric means of the ratios (smallest to largest)")
-    lines += [f"  {op:<10} {work:<18} {method:<6} " + "   ".join(f"{_SIDES[side]} {means[side]}" for side in means)
+    lines += [f"  {op:<13} {work:<18} {method:<6} " + "   ".join(f"{_SIDES[side]} {means[side]}" for side in means)
               for op, work, method, means in geometric_means(rows)]  # fmt: skip
     lines += [f"{r['op']} {r['case']} {r['work']} {r['method']}: {r['notes']}" for r in rows if r["notes"]]
     return "\n".join(lines)

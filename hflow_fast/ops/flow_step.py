@@ -13,7 +13,7 @@ from hflow_fast.ops.coupling import CouplingSpec, coupling, spec_of
 
 __all__ = ["flow_step"]
 
-_MAX_FUSED_CHANNELS = 32  # of csrc/cpu/channel_mix.h; beyond, a matrix product is the better kernel
+_MAX_FUSED_CHANNELS = 32  # kMaxMixChannels of csrc/common/check.h; beyond, a matrix product is the better kernel
 
 
 def flow_step(
