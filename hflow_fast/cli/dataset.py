@@ -14,6 +14,12 @@ __all__ = ["dataset"]
 _SHOWN = 20
 
 
+def _unwind(number: int, _: object) -> None:
+    """A request to end unwinds like Ctrl-C, so that the half-written folder is removed; a second one must not stop that."""
+    signal.signal(number, signal.SIG_IGN)
+    sys.exit(128 + number)
+
+
 @click.command()
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
@@ -30,8 +36,7 @@ def dataset(source: Path, out: Path, resolution: int, held_out: float, seed: int
     """
     from ..data import create_dataset
 
-    # A request to end unwinds like Ctrl-C, so that the half-written folder is removed.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    signal.signal(signal.SIGTERM, _unwind)
     already_there = os.path.lexists(out)
     made = create_dataset(source, out, resolution, held_out=held_out, seed=seed, progress=True)
     skipped = made.manifest.skipped
