@@ -2,17 +2,19 @@
 // memory, more channels than a block's elements, empty inputs; the same bits in a second run.
 #include "cuda/actnorm.cuh"
 
-#include <cstring>
-#include <random>
 #include <string>
 #include <type_traits>
 
 #include "check.h"
 #include "device.h"
+#include "values.h"
 
 namespace {
 
 using hflow::cuda::ChannelShape;
+using test::as_double;
+using test::normal;
+using test::same_bits;
 
 struct Case {
   ChannelShape shape;
@@ -21,36 +23,14 @@ struct Case {
   std::string name;
 };
 
-template <class S>
-double as_double(S value) {
-  if constexpr (std::is_same_v<S, double>) return value;
-  return static_cast<double>(static_cast<float>(value));
-}
-
-template <class S>
-std::vector<S> random(int64_t n, unsigned seed) {
-  std::mt19937 generator(seed);
-  std::normal_distribution<double> normal;
-  std::vector<S> values(n);
-  for (S& value : values)
-    value =
-        static_cast<S>(static_cast<std::conditional_t<std::is_same_v<S, double>, double, float>>(normal(generator)));
-  return values;
-}
-
-template <class T>
-bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
-  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
-}
-
 template <class S, class T>
 void test_case(const Case& c, double epsilon) {
   const ChannelShape& shape = c.shape;
   const int64_t n = shape.total(), channels = shape.channels, samples = shape.samples;
   const auto channel_of = [&](int64_t e) { return shape.by_rows ? e / shape.pixels % channels : e % channels; };
-  const std::vector<S> x = random<S>(n, 1), grad_y = random<S>(n, 2);
-  const std::vector<T> log_scale = random<T>(channels, 3), bias = random<T>(channels, 4),
-                       grad_log_det = random<T>(samples, 5);
+  const std::vector<S> x = normal<S>(n, 1), grad_y = normal<S>(n, 2);
+  const std::vector<T> log_scale = normal<T>(channels, 3), bias = normal<T>(channels, 4),
+                       grad_log_det = normal<T>(samples, 5);
 
   std::vector<double> grad_log_scale(channels), grad_bias(channels), magnitude(channels);
   double log_det = 0, grad_log_det_sum = 0;

@@ -2,18 +2,20 @@
 // dtypes, both memory formats, odd sizes, unaligned memory, empty inputs; the same bits in a second run.
 #include "cuda/bias_act.cuh"
 
-#include <cstring>
-#include <random>
 #include <string>
 #include <type_traits>
 
 #include "check.h"
 #include "device.h"
+#include "values.h"
 
 namespace {
 
 using hflow::Activation;
 using hflow::cuda::ChannelShape;
+using test::as_double;
+using test::normal;
+using test::same_bits;
 
 struct Case {
   ChannelShape shape;
@@ -23,36 +25,14 @@ struct Case {
   std::string name;
 };
 
-template <class S>
-double as_double(S value) {
-  if constexpr (std::is_same_v<S, double>) return value;
-  return static_cast<double>(static_cast<float>(value));
-}
-
-template <class S>
-std::vector<S> random(int64_t n, unsigned seed) {
-  std::mt19937 generator(seed);
-  std::normal_distribution<double> normal;
-  std::vector<S> values(n);
-  for (S& value : values)
-    value =
-        static_cast<S>(static_cast<std::conditional_t<std::is_same_v<S, double>, double, float>>(normal(generator)));
-  return values;
-}
-
-template <class T>
-bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
-  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
-}
-
 template <class S, class T>
 void test_case(const Case& c, double epsilon) {
   const ChannelShape& shape = c.shape;
   const T slope = T(0.25), gain = T(0.625);
   const int64_t n = shape.total(), channels = shape.channels;
   const auto channel_of = [&](int64_t e) { return shape.by_rows ? e / shape.pixels % channels : e % channels; };
-  const std::vector<S> x = random<S>(n, 1), residual = random<S>(n, 2), grad_y = random<S>(n, 3);
-  const std::vector<T> bias = random<T>(channels, 4);
+  const std::vector<S> x = normal<S>(n, 1), residual = normal<S>(n, 2), grad_y = normal<S>(n, 3);
+  const std::vector<T> bias = normal<T>(channels, 4);
 
   std::vector<double> y(n), grad_x(n), grad_residual(n), grad_bias(channels), magnitude(channels);
   for (int64_t e = 0; e < n; ++e) {

@@ -10,6 +10,7 @@
 
 #include "check.h"
 #include "device.h"
+#include "values.h"
 
 namespace {
 
@@ -20,6 +21,7 @@ using hflow::Form;
 using hflow::Layout;
 using hflow::ScaleMap;
 using hflow::cuda::CouplingMemory;
+using test::as_double;
 
 struct Shape {
   int64_t samples, channels, height, width;
@@ -50,12 +52,6 @@ struct Case {
     return text + ": ";
   }
 };
-
-template <class S>
-double as_double(S value) {
-  if constexpr (std::is_same_v<S, double>) return value;
-  return static_cast<double>(static_cast<float>(value));
-}
 
 template <class S>
 S rounded(double value) {

@@ -2,45 +2,25 @@
 // sizes, unaligned memory, a large mean, empty inputs; the same bits in a second run.
 #include "cuda/instance_norm.cuh"
 
-#include <cstring>
-#include <random>
 #include <string>
 #include <type_traits>
 
 #include "check.h"
 #include "device.h"
+#include "values.h"
 
 namespace {
 
 using hflow::cuda::InstanceNormShape;
-
-template <class S>
-double as_double(S value) {
-  if constexpr (std::is_same_v<S, double>) return value;
-  return static_cast<double>(static_cast<float>(value));
-}
-
-template <class S>
-std::vector<S> random(int64_t n, unsigned seed, double mean) {
-  std::mt19937 generator(seed);
-  std::normal_distribution<double> normal(mean);
-  std::vector<S> values(n);
-  for (S& value : values)
-    value =
-        static_cast<S>(static_cast<std::conditional_t<std::is_same_v<S, double>, double, float>>(normal(generator)));
-  return values;
-}
-
-template <class T>
-bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
-  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
-}
+using test::as_double;
+using test::normal;
+using test::same_bits;
 
 template <class S, class T>
 void test_case(const InstanceNormShape& shape, size_t offset, double mean, double epsilon, const std::string& name) {
   const double added = 0.01;
   const int64_t total = shape.total();
-  const std::vector<S> x = random<S>(total, 1, mean), grad_y = random<S>(total, 2, 0.5);
+  const std::vector<S> x = normal<S>(total, 1, mean), grad_y = normal<S>(total, 2, 0.5);
   std::vector<double> y(total), grad_x(total);
   for (int64_t b = 0; b < shape.count; ++b) {
     for (int64_t c = 0; c < shape.channels; ++c) {

@@ -11,11 +11,13 @@
 
 #include "check.h"
 #include "device.h"
+#include "values.h"
 
 namespace {
 
 using hflow::cuda::LuStack;
 using hflow::cuda::LuType;
+using test::as_double;
 
 constexpr double kInf = std::numeric_limits<double>::infinity();
 
@@ -59,12 +61,6 @@ LuType type_of() {
   if (std::is_same_v<S, double>) return LuType::float64;
   if (std::is_same_v<S, __nv_bfloat16>) return LuType::bfloat16;
   return std::is_same_v<S, __half> ? LuType::float16 : LuType::float32;
-}
-
-template <class S>
-double as_double(S value) {
-  if constexpr (std::is_same_v<S, double>) return value;
-  return static_cast<double>(static_cast<float>(value));
 }
 
 // Random matrices of which every third has a leading zero, and the memory of their results.

@@ -2,34 +2,19 @@
 // definition and the adjoint its transpose: dtypes, both memory formats, vectors and single elements.
 #include "cuda/resample.cuh"
 
-#include <random>
 #include <string>
 #include <type_traits>
 
 #include "check.h"
 #include "device.h"
+#include "values.h"
 
 namespace {
 
 using hflow::cuda::ResampleShape;
+using test::as_double;
+using test::normal;
 using Matrix = std::vector<std::vector<double>>;
-
-template <class S>
-double as_double(S value) {
-  if constexpr (std::is_same_v<S, double>) return value;
-  return static_cast<double>(static_cast<float>(value));
-}
-
-template <class S>
-std::vector<S> random(int64_t n) {
-  std::mt19937 generator(1);
-  std::normal_distribution<double> normal;
-  std::vector<S> values(n);
-  for (S& value : values)
-    value =
-        static_cast<S>(static_cast<std::conditional_t<std::is_same_v<S, double>, double, float>>(normal(generator)));
-  return values;
-}
 
 // Row o holds the weights of result o over the elements of an axis, of n on the smaller side.
 Matrix filter(int64_t n, bool up, bool adjoint) {
@@ -60,7 +45,7 @@ void test_case(const ResampleShape& shape, size_t offset, double epsilon, const 
   const Matrix down = filter(shape.height, shape.up, shape.adjoint), across = filter(shape.width, shape.up, shape.adjoint);
   const int64_t rows = down.size(), columns = across.size(), lanes = shape.lanes;
   const int64_t in_rows = down[0].size(), in_columns = across[0].size();
-  const std::vector<S> x = random<S>(shape.images * in_rows * in_columns * lanes);
+  const std::vector<S> x = normal<S>(shape.images * in_rows * in_columns * lanes, 1);
   const test::Buffer<S> x_device(x, offset);
   test::Buffer<S> y_device(shape.images * rows * columns * lanes, offset);
   test::require(hflow::cuda::resample<S, T>(x_device.data(), y_device.data(), shape, cudaStream_t{}), "resample");

@@ -20,14 +20,19 @@ double as_double(S value) {
 }
 
 template <class S>
-std::vector<S> normal(int64_t n, unsigned seed) {
+std::vector<S> normal(int64_t n, unsigned seed, double mean = 0) {
   std::mt19937 generator(seed);
-  std::normal_distribution<double> distribution;
+  std::normal_distribution<double> distribution(mean);
   std::vector<S> values(n);
   for (S& value : values)
     value = static_cast<S>(static_cast<std::conditional_t<std::is_same_v<S, double>, double, float>>(
         distribution(generator)));
   return values;
+}
+
+template <class T>
+bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
+  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
 }
 
 // Outputs of one case run several times: the first run's are compared with what is expected, the others' bits with the
