@@ -10,6 +10,8 @@
 //                   pixels of a sample; threads take pixels in turn, and their sums meet in shared memory.
 #pragma once
 
+#include <algorithm>
+
 #include "cuda/device.cuh"
 #include "network_formulas.h"
 
@@ -26,7 +28,8 @@ struct InstanceNormShape {
 template <int V, int Threads>
 struct PlaneGrid {
   static constexpr int vector = V, threads = Threads, kinds = 1;  // channels per thread
-  static constexpr int resident = 1024 / Threads;                 // blocks per SM that registers must allow
+  // Blocks per SM that registers must allow: 32 warps, or the 16 blocks that sm_86 takes at most.
+  static constexpr int resident = std::min(1024 / Threads, 16);
   InstanceNormShape shape;
 
   // f(offset, low, high) for this thread's vectors: elements [offset + low, offset + high) are its own.
