@@ -12,6 +12,7 @@
 
 #include "cuda/coupling_math.cuh"
 #include "cuda/coupling_turn.cuh"
+#include "cuda/partial_sums.cuh"
 
 namespace hflow::cuda {
 
@@ -60,15 +61,6 @@ __global__ void __launch_bounds__(kThreads, Grid::blocks_per_sm)
   } else if (share.starts_sample) {
     log_det[share.sample] = static_cast<T>(sum);
   }
-}
-
-// The sums of a sample's chunks, in order; one block per sample.
-template <class T>
-__global__ void __launch_bounds__(kThreads) coupling_log_det_kernel(const double* partial, int64_t chunks, T* log_det) {
-  double sum = 0;
-  for (int64_t i = threadIdx.x; i < chunks; i += kThreads) sum += partial[blockIdx.x * chunks + i];
-  sum = block_sum(sum);
-  if (threadIdx.x == 0) log_det[blockIdx.x] = static_cast<T>(sum);
 }
 
 // grad_x, and grad_raw with zeros where raw is ignored.
@@ -143,7 +135,7 @@ cudaError_t coupling_forward(const S* x, const R* raw, S* y, T* log_det, double*
     const cudaError_t error = launch(coupling_forward_kernel<Grid>, grid.blocks.blocks(memory.samples), stream, x, raw,
                                      y, log_det, in_parts ? partial : nullptr, grid, CouplingMath<T>(options));
     if (error != cudaSuccess || !in_parts) return error;
-    return launch(coupling_log_det_kernel<T>, memory.samples, stream, partial, grid.blocks.chunks, log_det);
+    return add_partial_sums(partial, memory.samples, grid.blocks.chunks, log_det, stream);
   });
 }
 

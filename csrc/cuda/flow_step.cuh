@@ -14,6 +14,7 @@
 #include "cuda/channel_mix.cuh"
 #include "cuda/channel_sums.cuh"
 #include "cuda/coupling_math.cuh"
+#include "cuda/partial_sums.cuh"
 
 namespace hflow::cuda {
 
@@ -189,19 +190,6 @@ __global__ void __launch_bounds__(kMixThreads)
   tiling.wide ? mix_store<kVector<S>>(memory, 0, tiling, span, y) : mix_store<1>(memory, 0, tiling, span, y);
 }
 
-// One warp per sample: the sum over its tiles.
-template <class T>
-__global__ void __launch_bounds__(kThreads)
-    flow_step_log_det_kernel(const T* partial, int64_t tiles, int64_t samples, T* log_det) {
-  const int64_t sample = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
-  double sum = 0;
-  if (sample < samples)
-    for (int64_t tile = threadIdx.x % 32; tile < tiles; tile += 32)
-      sum += static_cast<double>(partial[sample * tiles + tile]);
-  sum = warp_sum(sum);
-  if (sample < samples && threadIdx.x % 32 == 0) log_det[sample] = static_cast<T>(sum);
-}
-
 // From grad_u in tile 1: grad_x, grad_raw, and u into tile 1.
 template <int V, class Format, class S, class R, class T>
 __device__ void couple_tile_backward(const S* x, const R* raw, const T* grad_log_det, S* grad_x, R* grad_raw,
@@ -298,8 +286,7 @@ cudaError_t flow_step_forward(const S* x, const R* raw, const T* weight, const T
     const cudaError_t error = shape.by_rows ? run(MixRows{}) : run(MixPixels{});
     if (error != cudaSuccess || tiles == 1) return error;
   }
-  return launch(flow_step_log_det_kernel<T>, ceil_div(shape.samples, kThreads / 32), stream, partial, tiles,
-                shape.samples, log_det);
+  return add_partial_sums(partial, shape.samples, tiles, log_det, stream);
 }
 
 // How many T flow_step_backward needs in `partial`.
