@@ -17,13 +17,13 @@ from typing import Any
 import matplotlib
 import torch
 
+from hflow_fast._files import replacing
 from hflow_fast.configs import load_config
 from hflow_fast.data import ImageDataset, dequantize
+from hflow_fast.inference import draw_samples, image_grid, reconstruct, save_png
 from hflow_fast.metrics import PixelGaussian, uniform_bits_per_dim
 from hflow_fast.training import TrainConfig, load_model, read_metrics
 from hflow_fast.training.evaluation import held_out_bits_per_dim
-from hflow_fast.training.files import replacing
-from hflow_fast.training.images import draw_samples, image_grid, reconstruct, save_png
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402  (the backend has to be chosen first)

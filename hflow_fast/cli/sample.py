@@ -33,7 +33,7 @@ def sample(
     """
     from ..errors import ConfigError
     from ..training import TrainConfig, load_model
-    from ..training.images import draw_samples, image_grid, save_png
+    from ..inference import draw_samples, image_grid, save_png
 
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ConfigError(f"{directory}: already exists; give new images another --out.")

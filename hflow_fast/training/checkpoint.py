@@ -20,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .._files import replacing
 from ..errors import CheckpointError
-from .files import replacing
 
 __all__ = ["Checkpoint", "load_model", "load_weights", "read_checkpoint", "save_checkpoint"]
 

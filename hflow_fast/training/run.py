@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Iterator, Mapping
 
+from .._files import replacing
 from ..configs import load_config
 from ..errors import ConfigError
-from .files import replacing
 
 __all__ = ["RunDirectory"]
 

@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from ..data import dequantize
 from ..errors import CheckpointError
+from ..inference import draw_samples, image_grid, reconstruct, save_png
 from .evaluation import evaluation_indices, held_out_bits_per_dim
-from .images import draw_samples, image_grid, reconstruct, save_png
 from .log import RunLog
 from .optimizer import learning_rates
 from .progress import Limits, ProgressBar, StopRequest, stop_on_signals

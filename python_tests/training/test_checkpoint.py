@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from hflow_fast._files import replacing
 from hflow_fast.errors import CheckpointError
 from hflow_fast.training import read_checkpoint, save_checkpoint
 from hflow_fast.training.checkpoint import load_weights
-from hflow_fast.training.files import replacing
 
 from .tiny import TinyFlow, tiny_config
 
@@ -64,6 +64,7 @@ def test_full_disk_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
     script = f"""
 import resource
 import torch
+from hflow_fast._files import replacing
 from hflow_fast.errors import CheckpointError
 from hflow_fast.training import save_checkpoint
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))

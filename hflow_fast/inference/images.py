@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from .._files import replacing
 from ..data import to_uint8
-from .files import replacing
 
 __all__ = ["draw_samples", "image_grid", "reconstruct", "save_png"]
 
