@@ -1,9 +1,19 @@
-"""What training and evaluation report: likelihoods in bits per dimension, baselines, means with their uncertainty."""
+"""What training and evaluation report: likelihoods in bits per dimension, baselines, means with their uncertainty, FID."""
 
 from __future__ import annotations
 
 from .baselines import PixelGaussian, uniform_bits_per_dim
 from .bits_per_dim import bits_per_dim
+from .likelihood import Bounds, Estimate, evaluation_indices, likelihood_bounds
 from .running_mean import RunningMean
 
-__all__ = ["PixelGaussian", "RunningMean", "bits_per_dim", "uniform_bits_per_dim"]
+__all__ = [
+    "Bounds",
+    "Estimate",
+    "PixelGaussian",
+    "RunningMean",
+    "bits_per_dim",
+    "evaluation_indices",
+    "likelihood_bounds",
+    "uniform_bits_per_dim",
+]
