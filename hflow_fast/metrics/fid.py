@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data import ImageDataset
-from ..errors import DatasetError
+from ..errors import ConfigError, DatasetError
 from ..inference import draw_samples
 from .extractor import FeatureExtractor
 from .feature_cache import FeatureCache
@@ -71,7 +71,7 @@ def fid_of_model(
     Raises:
         DatasetError: the split is empty, or of another resolution than the model.
         CheckpointError: the extractor does not take the images.
-        ImportError: torchmetrics is not installed.
+        ConfigError: torchmetrics is not installed.
     """
     if dataset.resolution != model.resolution:
         raise DatasetError(f"{dataset.path}: images of {dataset.resolution} × {dataset.resolution}, but the model makes "
@@ -115,7 +115,7 @@ def _metric(features: int) -> FrechetInceptionDistance:
     try:
         from torchmetrics.image.fid import FrechetInceptionDistance
     except ImportError as error:
-        raise ImportError("the FID needs torchmetrics: pip install 'hflow_fast[fid]'") from error
+        raise ConfigError("the FID needs the package torchmetrics: pip install 'hflow_fast[fid]'.") from error
     metric = FrechetInceptionDistance(feature=_Features(features))
     metric.persistent(True)
     return metric

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hflow_fast.data import ImageDataset
-from hflow_fast.errors import CheckpointError, DatasetError
+from hflow_fast.errors import CheckpointError, ConfigError, DatasetError
 from hflow_fast.metrics import FeatureExtractor, default_cache, fid_of_images, fid_of_model
 from training.tiny import SIZE, TinyFlow
 
@@ -222,5 +222,5 @@ def test_unfit_datasets_are_refused(model: TinyFlow, dataset: ImageDataset, tmp_
 def test_without_torchmetrics(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", None)
     images = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
-    with pytest.raises(ImportError, match=r"pip install 'hflow_fast\[fid\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'hflow_fast\[fid\]'"):
         fid_of_images(images, images, FeatureExtractor(Blocks()))

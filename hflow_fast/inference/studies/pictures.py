@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..._files import replacing
+from ...errors import ConfigError
 from ..images import image_grid
 
 __all__ = ["labelled_grid", "save_heat_maps"]
@@ -63,14 +64,14 @@ def save_heat_maps(
         label: of the colour scale.
 
     Raises:
-        ImportError: matplotlib is not installed.
+        ConfigError: matplotlib is not installed.
         OSError: the file cannot be written.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("heat maps need matplotlib: pip install 'hflow_fast[train]'") from error
+        raise ConfigError("heat maps need the package matplotlib: pip install 'hflow_fast[train]'.") from error
     count, columns = len(images), len(maps) + 1
     figure = Figure(figsize=(1.4 * columns + 1, 1.4 * count + 0.4), layout="constrained")
     FigureCanvasAgg(figure)
