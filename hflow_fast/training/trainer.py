@@ -60,6 +60,8 @@ class Trainer:
         self.dataset = dataset
         self.run = run
         self.device = torch.device(device)
+        self.rank = 0
+        """Of this process among those that train together; rank 0 writes."""
         self.step_count = 0
         self.seconds = 0.0
         """Training time over all sessions, as of the last save."""
