@@ -7,7 +7,7 @@ from .bits_per_dim import bits_per_dim
 from .extractor import FeatureExtractor
 from .feature_cache import default_cache
 from .fid import Fid, fid_of_images, fid_of_model
-from .likelihood import Bounds, Estimate, evaluation_indices, likelihood_bounds
+from .likelihood import Bounds, Estimate, evaluation_indices
 from .running_mean import RunningMean
 
 __all__ = [
@@ -22,6 +22,5 @@ __all__ = [
     "evaluation_indices",
     "fid_of_images",
     "fid_of_model",
-    "likelihood_bounds",
     "uniform_bits_per_dim",
 ]

@@ -1,21 +1,17 @@
-"""The likelihood bound of single images, and what is said about its mean."""
+"""Likelihood bounds of single images, and what they say about their mean."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Callable
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..data import Images, dequantize
-from .bits_per_dim import bits_per_dim
 from .running_mean import RunningMean
 
-__all__ = ["Bounds", "Estimate", "evaluation_indices", "likelihood_bounds"]
+__all__ = ["Bounds", "Estimate", "evaluation_indices"]
 
 _CHOICE_SEED = 0
 
@@ -26,10 +22,21 @@ class Estimate:
 
     mean: float
     half_width: float
-    """Half of the 95 % confidence interval over the choice of images, what noise is left included; normal
-    approximation, which wants about 30 images. NaN for a single image."""
+    """Half of the 95 % confidence interval over the choice of images, the noise that is left included; by the normal
+    approximation, which wants about 30 images. NaN for a single one."""
     noise_half_width: float
-    """The part of it that is due to noise and that more draws make smaller; NaN for a single draw."""
+    """The part of it that is due to noise, which more draws make smaller; NaN for a single draw."""
+
+    @classmethod
+    def of(cls, values: Tensor) -> Estimate:
+        """From the values of K draws for N images, (K, N)."""
+        draws, count = values.shape
+        images = RunningMean()
+        images.update(values.mean(dim=0))
+        noise = math.nan
+        if draws > 1:
+            noise = NormalDist().inv_cdf(0.975) * math.sqrt(float(values.var(dim=0).mean()) / (draws * count))
+        return cls(images.mean, images.half_width(), noise)
 
 
 @dataclass(frozen=True)
@@ -39,11 +46,11 @@ class Bounds:
     total: Tensor
     """Bits per dimension of the image, (K, N) for K draws and N images."""
     levels: dict[str, Tensor]
-    """Bits per dimension of each level, (K, N), the lowest level first."""
+    """Bits per dimension of each level's own values, (K, N), the lowest level first."""
 
     def estimates(self) -> tuple[Estimate, dict[str, Estimate]]:
-        """Means over draws and images: of the total, and of each level."""
-        return _estimate(self.total), {level: _estimate(values) for level, values in self.levels.items()}
+        """The means over images and draws: of the total, and of each level."""
+        return Estimate.of(self.total), {level: Estimate.of(values) for level, values in self.levels.items()}
 
 
 def evaluation_indices(available: int, wanted: int) -> Tensor:
@@ -51,55 +58,3 @@ def evaluation_indices(available: int, wanted: int) -> Tensor:
     if available <= wanted:
         return torch.arange(available)
     return torch.randperm(available, generator=torch.Generator().manual_seed(_CHOICE_SEED))[:wanted].sort().values
-
-
-@torch.no_grad()
-def likelihood_bounds(
-    model: nn.Module, images: Images | Tensor, indices: Tensor, *, batch_size: int, bits: int = 8, draws: int = 1,
-    seed: int = 0, progress: Callable[[int], object] = lambda count: None,
-) -> Bounds:
-    """The bound on the negative log-likelihood of each image.
-
-    Images are dequantised with uniform noise only: with any other noise it would not bound the likelihood of 8-bit
-    images. The noise of each batch comes from the seed, the number of the draw and that of the batch, so that
-    differences between models are not the noise's; the global random state is left alone.
-
-    Draws are averaged. The logarithm of their mean likelihood would be a tighter bound only if each draw were one
-    sample of one posterior. HFlow's is not: its flows and its decoders see different noise on the same target, and the
-    noise's entropy enters in its exact mean.
-
-    Args:
-        model: with ``bound``, as :class:`hflow_fast.models.HFlow`, in evaluation mode.
-        images: a split of a dataset.
-        indices: which of them, (N,), N ≥ 1.
-        batch_size: images per pass. HFlow's noise follows the spread of each batch, so the bound depends on it, by some
-            hundredths of a bit: compare numbers of equal batch size.
-        bits: of the pixel values.
-        draws: K ≥ 1, of all noise.
-        seed: at least 0.
-        progress: told the number of images after each batch, K·N in all.
-    """
-    device = next(model.parameters()).device
-    total: list[Tensor] = []
-    levels: dict[str, list[Tensor]] = {}
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        for draw in range(draws):
-            for number, batch in enumerate(indices.split(batch_size)):
-                torch.manual_seed(int(np.random.SeedSequence((seed, draw, number)).generate_state(1, np.uint64)[0]))
-                bound = model.bound(dequantize(images[batch].to(device), bits=bits))
-                total.append(bits_per_dim(bound.nats.double(), model.dims, bits).cpu())
-                for level, values in bound.levels.items():
-                    levels.setdefault(level, []).append(values.double().cpu())
-                progress(len(batch))
-    return Bounds(torch.cat(total).view(draws, -1),
-                  {level: torch.cat(values).view(draws, -1) for level, values in levels.items()})
-
-
-def _estimate(values: Tensor) -> Estimate:
-    draws, count = values.shape
-    images = RunningMean()
-    images.update(values.mean(dim=0))
-    noise = math.nan
-    if draws > 1:
-        noise = NormalDist().inv_cdf(0.975) * math.sqrt(float(values.var(dim=0).mean()) / (draws * count))
-    return Estimate(images.mean, images.half_width(), noise)
