@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Sequence
 
@@ -36,9 +37,8 @@ def labelled_grid(
     grid = image_grid(images.flatten(0, 1), images.shape[1], padding=padding)
     height, width = ((size - padding) // count for size, count in zip(grid.shape[1:], images.shape[:2]))
     font = ImageFont.load_default(_FONT_SIZE)
-    sizes = [_text_size(text, font) for text in rows or ()]
-    left = max((width for width, _ in sizes), default=-_GAP) + _GAP
-    top = max((height for _, height in (_text_size(text, font) for text in columns or ())), default=-_GAP) + _GAP
+    left = max((_text_size(text, font)[0] + _GAP for text in rows or ()), default=0)
+    top = max((_text_size(text, font)[1] + _GAP for text in columns or ()), default=0)
     page = Image.new("RGB", (left + grid.shape[2], top + grid.shape[1]), "white")
     page.paste(Image.fromarray(grid.permute(1, 2, 0).contiguous().numpy()), (left, top))
     draw = ImageDraw.Draw(page)
@@ -49,6 +49,12 @@ def labelled_grid(
         draw.multiline_text((left + padding / 2 + (index + 0.5) * width, top - _GAP // 2), text, "black", font,
                             anchor="md", align="center")
     return torch.from_numpy(np.array(page)).permute(2, 0, 1)
+
+
+def _text_size(text: str, font: ImageFont.FreeTypeFont) -> tuple[int, int]:
+    """Width and height in pixels."""
+    _, _, width, height = ImageDraw.Draw(Image.new("RGB", (1, 1))).multiline_textbbox((0, 0), text, font)
+    return math.ceil(width), math.ceil(height)
 
 
 def save_heat_maps(
