@@ -11,9 +11,11 @@ from .bench import bench
 from .dataset import dataset
 from .decode import decode
 from .encode import encode
+from .evaluate import evaluate
 from .info import info
 from .interpolate import interpolate
 from .sample import sample
+from .study import study
 from .train import train
 
 __all__ = ["main"]
@@ -41,5 +43,5 @@ def main() -> None:
     """Hierarchical normalizing flows: datasets, training, what a trained model is used for, timings."""
 
 
-for _command in (bench, dataset, decode, encode, info, interpolate, sample, train):
+for _command in (bench, dataset, decode, encode, evaluate, info, interpolate, sample, study, train):
     main.add_command(_command)
