@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from ..data import Batches, ImageDataset, dequantize
 from ..errors import CheckpointError, ConfigError, DatasetError
+from .changes import check_changes
 from .checkpoint import load_weights, read_checkpoint, save_checkpoint
 from .config import GeneralConfig, TrainConfig
+from .diagnosis import diagnose
 from .ema import update_average
 from .optimizer import build_optimizer, clip_and_step, set_epoch
+from .rotation import checkpoint_files, keep_checkpoint
 from .run import RunDirectory
 
 __all__ = ["StepResult", "Trainer", "check_dataset"]
@@ -43,7 +47,7 @@ class Trainer:
         device: where to train.
 
     Raises:
-        ConfigError: a section of ``config`` is not valid.
+        ConfigError: a section of ``config`` is not valid, or something in it cannot change during the run.
         DatasetError: the dataset does not fit the model, is too small, or is not the one of the checkpoint.
         CheckpointError: the checkpoint cannot be read.
     """
@@ -65,12 +69,20 @@ class Trainer:
         self.step_count = 0
         self.seconds = 0.0
         """Training time over all sessions, as of the last save."""
+        self.session_state: dict[str, Any] = {}
+        """What the session wants to find again, saved and restored with the rest."""
+        self.resumed_from: Path | None = None
+        """The checkpoint that training goes on from."""
+        self.notes: dict[str, Any] = {}
+        """Of that checkpoint."""
+        self.changes: list[str] = []
+        """Configuration keys that have changed since then."""
         self.steps_per_epoch = len(dataset.train) // general.samples_per_grad_eval
         self._raw_config = config
         self._optimizer = build_optimizer(self.model.parameter_groups(), general)
         self._batches = Batches(len(dataset.train), general.samples_per_grad_eval, seed=general.seed)
         torch.manual_seed(general.seed)
-        if run.checkpoint.is_file():
+        if checkpoint_files(run.checkpoint.parent):
             self._restore()
 
     @property
@@ -80,7 +92,7 @@ class Trainer:
 
     def initialize(self) -> None:
         """Data-dependent initialisation of the model; without effect when the run has a checkpoint."""
-        if self.step_count:
+        if self.resumed_from is not None:
             return
         general = self.config.general
         count = min(_INITIAL_BATCHES * general.batch_size, len(self.dataset.train))
@@ -94,19 +106,27 @@ class Trainer:
         epoch = self.epoch
         set_epoch(self._optimizer, epoch, general)
         self.model.train()
-        parts = self.dataset.train[next(self._batches)].split(general.batch_size)
+        self._indices = next(self._batches)
         loss = torch.zeros((), device=self.device)
-        for part in parts:
-            part_loss = self.model.loss(self._dequantize(part)).mean() / len(parts)
+        for part_loss in self._passes(self._indices):
             part_loss.backward()
             loss += part_loss.detach()
         norm, skipped = clip_and_step(self._optimizer, loss, general.grad_clip)
-        update_average(self.average, self.model, 1.0 if epoch == 0 else general.ema_weight)
+        update_average(self.average, self.model, 1.0 if epoch == 0 else general.ema_weight, skipped)
         self.step_count += 1
         return StepResult(loss, norm, skipped)
 
-    def save(self) -> None:
-        """Replaces the run's checkpoint.
+    def diagnose(self) -> str:
+        """Repeats the last step, which was skipped, and says where the first value arises that is not finite."""
+        self.model.train()
+        return diagnose(self.model, self._passes(self._indices))
+
+    def save(self, notes: dict[str, Any] | None = None, *, best: bool = False) -> None:
+        """Replaces the run's latest checkpoint, and keeps its predecessors as KEEP_CHECKPOINTS says.
+
+        Args:
+            notes: beside the step, for :attr:`Checkpoint.notes`.
+            best: whether it is the best checkpoint so far.
 
         Raises:
             CheckpointError: it cannot be written; the previous one is intact.
@@ -115,26 +135,46 @@ class Trainer:
             "step": self.step_count,
             "seconds": self.seconds,
             "dataset": self.dataset.fingerprint,
+            "session": self.session_state,
             "optimizer": self._optimizer.state_dict(),
             "batches": self._batches.state_dict(),
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }
-        save_checkpoint(self.run.checkpoint, self._raw_config, self.model, self.average, training)
+        save_checkpoint(self.run.checkpoint, self._raw_config, self.model, self.average, training,
+                        {"step": self.step_count} | (notes or {}))
+        self.keep(best=best)
+
+    def keep(self, *, best: bool) -> None:
+        """The second half of :meth:`save`: the latest checkpoint's further names. Harmless to repeat.
+
+        Raises:
+            CheckpointError: see :func:`keep_checkpoint`.
+        """
+        keep_checkpoint(self.run.checkpoint.parent, self.step_count, self.config.output.keep_checkpoints, best=best)
+
+    def _passes(self, indices: Tensor) -> Iterator[Tensor]:
+        """The loss of each pass over a step's images, divided by their number."""
+        parts = self.dataset.train[indices].split(self.config.general.batch_size)
+        for part in parts:
+            yield self.model.loss(self._dequantize(part)).mean() / len(parts)
 
     def _restore(self) -> None:
-        checkpoint = read_checkpoint(self.run.checkpoint, "model", "average", "training")
+        checkpoint = read_checkpoint(self.run.path, "model", "average", "training")
         training = checkpoint.training
         if checkpoint.model is None or checkpoint.average is None or training is None:
             raise CheckpointError(f"{checkpoint.path}: holds a model but not the state of its training.")
         if training["dataset"] != self.dataset.fingerprint:
             raise DatasetError(f"{self.dataset.path}: not the dataset this run was started with; "
                                "give the original one with --data, or start a new run.")
+        self.changes = check_changes(checkpoint.config, self._raw_config, str(self.run.path))
         load_weights(self.model, checkpoint.model, checkpoint.path)
         load_weights(self.average, checkpoint.average, checkpoint.path)
         self._optimizer.load_state_dict(training["optimizer"])
         self._batches.load_state_dict(training["batches"])
         self.step_count, self.seconds = training["step"], training["seconds"]
+        self.session_state = training.get("session", {})
+        self.resumed_from, self.notes = checkpoint.path, checkpoint.notes
         torch.set_rng_state(training["random"])
         if self.device.type == "cuda" and training["random_cuda"] is not None:
             torch.cuda.set_rng_state(training["random_cuda"], self.device)
