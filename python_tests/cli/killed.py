@@ -14,8 +14,10 @@ import sys
 from pathlib import Path
 from typing import Any, Callable, NoReturn
 
-from torch.utils import tensorboard  # noqa: F401  (imported once, here)
+import torch._dynamo  # noqa: F401  (what a run imports slowly is imported once, here; optimizers import this one)
+from torch.utils import tensorboard  # noqa: F401
 
+from hflow_fast import data, models  # noqa: F401
 from hflow_fast.cli import main
 from hflow_fast.training import checkpoint, session, trainer
 

@@ -67,6 +67,7 @@ def test_a_run_killed_at_any_moment_ends_like_one_never_interrupted(
     config = load_config("tiny-16")
     config["GENERAL"] |= {"BATCH_SIZE": 2, "SAMPLES_PER_GRAD_EVAL": 4, "LEARNING_RATE_DECAY_START": 0,
                           "LEARNING_RATE_CUT_ENCODERS": 1, "EPOCHS": None, "HOURS": None, "STEPS": STEPS}
+    config["MODEL_PARAMETERS"]["ENDBLOCK_SETTINGS"]["LAYERS"] = [1, 1]  # for speed
     config["OUTPUT"] = {"CHECKPOINT_EVERY_STEPS": 2, "VISUALIZATION_EVERY_STEPS": 3, "METRICS_EVERY_STEPS": 5}
     (tmp_path / "config.json").write_text(json.dumps(config))
     start = "--config", tmp_path / "config.json", "--data", data, "--run"
