@@ -209,8 +209,8 @@ class Session:
         if trainer.resumed_from is None:
             _LOGGER.debug("%s: training starts", trainer.run.path)
         else:
-            _LOGGER.info("%s: training goes on at step %d, from %s", trainer.run.path, trainer.step_count,
-                         trainer.resumed_from.name)
+            _LOGGER.debug("%s: training goes on at step %d, from %s", trainer.run.path, trainer.step_count,
+                          trainer.resumed_from.name)
         for change in trainer.changes:
             _LOGGER.info("configuration changed: %s", change)
 
