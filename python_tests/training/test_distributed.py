@@ -210,7 +210,7 @@ def test_the_model_trains_in_distributed_data_parallel() -> None:
 
 def torchrun(*arguments: object) -> subprocess.Popen[str]:
     """``hflow-fast train`` in two processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--",
                "hflow_fast", "train", "--device", "cpu", *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             env=os.environ | {"OMP_NUM_THREADS": "1"})
