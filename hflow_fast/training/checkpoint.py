@@ -2,8 +2,8 @@
 
 The file holds the tensors ``model.*``, ``average.*`` (the moving average) and, for resuming, ``training``: the
 optimizer's moments, the data order and counters (of which all noise is a function) as bytes of ``torch.save``, read
-back with ``weights_only=True``. Its metadata holds the configuration, a few notes, and a checksum of each of the three parts.
-Nothing in it is ever executed, and nothing in it belongs to one of several processes.
+back with ``weights_only=True``. Its metadata holds the configuration, a few notes, and a checksum of each of the three
+parts. Nothing in it is ever executed, and nothing in it belongs to one of several processes.
 """
 
 from __future__ import annotations
