@@ -54,10 +54,10 @@ def train(
     from ..data import ImageDataset
     from ..models import HFlow
     from ..training import RunDirectory, Session, TrainConfig, Trainer, process_group
-    from ..training.distributed import own_device
+    from ..training.fid import load_extractor
     from ..training.trainer import check_dataset, check_ranks
 
-    with process_group(own_device(device)) as ranks, ExitStack() as stack:
+    with process_group(device) as ranks, ExitStack() as stack:
         if directory is None and config is not None:
             directory = ranks.gather(_new_directory(config))[0]
         with ranks.together():  # all that can be wrong is found out before the run's folder is made
@@ -73,12 +73,14 @@ def train(
             model = HFlow.from_config(settings)
             check_dataset(dataset, model.resolution, general)
             check_ranks(ranks.count, general)
+            if ranks.is_writer:
+                load_extractor(TrainConfig.from_config(settings), model.resolution, "cpu")
             run = RunDirectory(directory)
             if ranks.is_writer:
                 if not resume:
                     RunDirectory.create(directory, settings)
                 stack.enter_context(run.lock())
-            trainer = Trainer(model, dataset, run, settings, own_device(device), ranks)
+            trainer = Trainer(model, dataset, run, settings, device, ranks)
             if resume and ranks.is_writer:
                 run.write_config(settings)
             session = Session(trainer)
@@ -121,15 +123,14 @@ def _settings(config: str | None, directory: Path | None, resume: bool) -> dict[
 
 def _sharing(general: GeneralConfig, processes: int) -> str:
     """What there is to say about the number of processes."""
-    passes = general.samples_per_grad_eval // general.batch_size
-    if processes == 1:
-        return "" if general.num_gpus == 1 else (
-            f"; NUM_GPUS is {general.num_gpus}, but this is one process: "
-            f"torchrun --nproc-per-node {general.num_gpus} -m -- hflow_fast train … starts as many")
+    passes, wanted = general.samples_per_grad_eval // general.batch_size, general.num_gpus
+    text = f"; {processes} processes share the {passes} passes of a step" if processes > 1 else ""
     if passes % processes:
-        return (f"; {processes} processes share the {passes} passes of a step unequally, so some wait: "
-                f"{passes} is best divided by their number")
-    return f"; {processes} processes share the {passes} passes of a step"
+        text += f" unequally, so some wait: {passes} is best divided by their number"
+    if wanted not in (1, processes):  # 1 is what the presets say, for any number
+        text += (f"; NUM_GPUS is {wanted}, but the processes are {processes}, which gives the same gradients: "
+                 f"torchrun --nproc-per-node {wanted} -m hflow_fast train … starts as many")
+    return text
 
 
 def _new_directory(config: str) -> Path:

@@ -71,6 +71,10 @@ def test_nothing_is_made_when_something_is_wrong(data: Path, tmp_path: Path) -> 
     config = load_config("tiny-16")
     config["GENERAL"]["BATCH_SIZ"] = 4
     wrong.write_text(json.dumps(config))
+    config = load_config("tiny-16")
+    config["GENERAL"]["INCEPTION_NET_PATH"] = str(tmp_path / "inception.pt")
+    fid = tmp_path / "fid.json"
+    fid.write_text(json.dumps(config))
     torn = tmp_path / "torn.json"
     torn.write_text('{"GENERAL": ')
     for arguments, words in (
@@ -80,6 +84,7 @@ def test_nothing_is_made_when_something_is_wrong(data: Path, tmp_path: Path) -> 
         (("--config", torn, "--data", data), ["torn.json", "JSON"]),
         (("--config", wrong, "--data", data), ["GENERAL.BATCH_SIZ", "unknown key"]),
         (("--config", "tiny-16", "--data", tmp_path / "no"), [str(tmp_path / "no"), "no such dataset"]),
+        (("--config", fid, "--data", data), [str(tmp_path / "inception.pt"), "cannot be read"]),
         (("--config", "demo", "--data", data), ["16 px", "32 px", "--resolution 32"]),
         (("--config", "tiny-16", "--data", data, "--batch-size", 64), ["too few", "(64)"]),
         (("--config", "tiny-16", "--data", data, "--steps", 0), ["--steps"]),
@@ -140,6 +145,15 @@ def test_another_configuration_file_takes_the_place_of_the_runs(data: Path, copy
     assert saved_step(copy) == 3
     kept = json.loads((copy / "config.json").read_text())["GENERAL"]
     assert kept["BATCH_SIZE"] == 2 and kept["DATASET_PATH"] == str(data)
+
+
+def test_another_number_of_processes_than_the_configuration_names(copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    config["GENERAL"]["NUM_GPUS"] = 2
+    (copy / "config.json").write_text(json.dumps(config))
+    result = hflow_fast("train", "--run", copy, "--resume", "--steps", 3)
+    assert result.exit_code == 0
+    assert "NUM_GPUS is 2, but the processes are 1" in result.output and "torchrun --nproc-per-node 2" in result.output
 
 
 def test_what_cannot_change_is_refused_by_name(copy: Path, tmp_path: Path) -> None:
