@@ -9,6 +9,7 @@ import click
 from ..errors import CheckpointError, ConfigError, DatasetError
 from .bench import bench
 from .dataset import dataset
+from .import_ import import_command
 from .info import info
 from .sample import sample
 from .train import train
@@ -38,5 +39,5 @@ def main() -> None:
     """Hierarchical normalizing flows: datasets, training, sampling, timings."""
 
 
-for _command in (bench, dataset, info, sample, train):
+for _command in (bench, dataset, import_command, info, sample, train):
     main.add_command(_command)
