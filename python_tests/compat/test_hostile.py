@@ -90,8 +90,8 @@ def test_calls_are_refused_in_every_pickle_of_the_file(refused, canary, part, pl
     "builtins.getattr", "builtins.__import__", "importlib.import_module", "operator.attrgetter", "functools.partial",
     "types.FunctionType", "pickle.loads", "copyreg._reconstructor", "copyreg.__newobj__", "shutil.rmtree",
     "torch.load", "torch.hub.load", "torch.jit.load", "torch._utils._rebuild_tensor",
-    "torch._utils._import_dotted_name", "numpy.load", "torch.FloatTensor", "torch.nn.modules.linear.Linear", "torch.nn.modules.module.Module",
-    "hflow.network.Backdoor", "hflow.utils.Network", "network.MultiStep",
+    "torch._utils._import_dotted_name", "numpy.load", "torch.FloatTensor", "torch.nn.modules.linear.Linear",
+    "torch.nn.modules.module.Module", "hflow.network.Backdoor", "hflow.utils.Network", "network.MultiStep",
 ])
 def test_other_names_are_refused(refused, name):
     refused(around(call(name)), f"refused: it names {name},")
