@@ -19,7 +19,8 @@ from .errors import CheckpointError, ConfigError, DatasetError
 __version__ = "0.1.0"
 __all__ = ["CheckpointError", "ConfigError", "DatasetError", "__version__"]
 
-_SUBMODULES = ("compat", "configs", "data", "inference", "metrics", "models", "nn", "ops", "reference", "testing", "training")
+_SUBMODULES = ("compat", "configs", "data", "inference", "metrics", "models", "nn", "ops", "reference", "testing",
+               "training")
 
 
 def __getattr__(name: str) -> Any:
