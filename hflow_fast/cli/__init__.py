@@ -12,6 +12,7 @@ from .dataset import dataset
 from .decode import decode
 from .encode import encode
 from .evaluate import evaluate
+from .import_ import import_command
 from .info import info
 from .interpolate import interpolate
 from .sample import sample
@@ -43,5 +44,6 @@ def main() -> None:
     """Hierarchical normalizing flows: datasets, training, what a trained model is used for, timings."""
 
 
-for _command in (bench, dataset, decode, encode, evaluate, info, interpolate, sample, study, train):
+_COMMANDS = (bench, dataset, decode, encode, evaluate, import_command, info, interpolate, sample, study, train)
+for _command in _COMMANDS:
     main.add_command(_command)
