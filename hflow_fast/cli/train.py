@@ -46,7 +46,7 @@ def train(
     Training ends at the first of --steps, --epochs and --hours, counted over all sessions of the run; given here,
     they replace those of the configuration. Ctrl-C saves a checkpoint and ends.
 
-    On N GPUs or processors: torchrun --nproc-per-node N -m hflow_fast train …
+    On N GPUs or processors: torchrun --nproc-per-node N -m -- hflow_fast train …
     """
     import torch
 
@@ -118,7 +118,7 @@ def _sharing(general: GeneralConfig, processes: int) -> str:
     if processes == 1:
         return "" if general.num_gpus == 1 else (
             f"; NUM_GPUS is {general.num_gpus}, but this is one process: "
-            f"torchrun --nproc-per-node {general.num_gpus} -m hflow_fast train … starts as many")
+            f"torchrun --nproc-per-node {general.num_gpus} -m -- hflow_fast train … starts as many")
     if passes % processes:
         return (f"; {processes} processes share the {passes} passes of a step unequally, so some wait: "
                 f"{passes} is best divided by their number")

@@ -153,6 +153,7 @@ def process_group(device: torch.device | str) -> Iterator[Ranks]:
         device: of this process; see :func:`own_device`.
 
     Raises:
+        ConfigError: the environment says that there are several, but not where.
         RankError: the processes cannot be connected.
     """
     count = int(os.environ.get("WORLD_SIZE", "1"))
@@ -160,11 +161,17 @@ def process_group(device: torch.device | str) -> Iterator[Ranks]:
         yield Ranks()
         return
     backend = "cpu:gloo"
-    if torch.device(device).type == "cuda":
-        torch.cuda.set_device(device)
+    wanted = torch.device(device)
+    if wanted.type == "cuda":
         backend += ",cuda:nccl"
-    with _exchange():
-        dist.init_process_group(backend, timeout=_TIMEOUT)
+        if wanted.index is not None:
+            torch.cuda.set_device(wanted)
+    try:
+        with _exchange():
+            dist.init_process_group(backend, timeout=_TIMEOUT)
+    except ValueError as error:
+        raise ConfigError(f"WORLD_SIZE is {count}, but the processes cannot be connected ({error}); start them with "
+                          "torchrun, or unset WORLD_SIZE for one process alone.") from error
     try:
         yield Ranks(dist.get_rank(), count)
     finally:

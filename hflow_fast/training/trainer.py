@@ -105,6 +105,11 @@ class Trainer:
         Raises:
             RankError: they are not.
         """
+        if self.ranks.count > 1:
+            general = self.config.general.model_dump(exclude={"dataset_path"})  # each machine may keep it elsewhere
+            self.ranks.check_equal({
+                "the checkpoint": self.resumed_from and self.resumed_from.name, "the step": self.step_count,
+                "the dataset": self.dataset.fingerprint, "the configuration": json.dumps(general)})
         if self.resumed_from is None:
             if self.ranks.is_writer:
                 self._initialize_from_data()
@@ -224,10 +229,8 @@ class Trainer:
     def _check_ranks_equal(self) -> None:
         if self.ranks.count == 1:
             return
-        general = self.config.general.model_dump(exclude={"dataset_path"})  # machines may keep it in different places
-        self.ranks.check_equal({"the step": self.step_count, "the dataset": self.dataset.fingerprint,
-                                "the configuration": json.dumps(general), **fingerprints(self.model)})
-        self.ranks.check_equal(fingerprints(self.average))
+        average = {f"the average of {name}": value for name, value in fingerprints(self.average).items()}
+        self.ranks.check_equal({"the step": self.step_count, **fingerprints(self.model), **average})
 
     def _dequantize(self, images: Tensor) -> Tensor:
         general = self.config.general

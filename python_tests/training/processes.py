@@ -16,7 +16,8 @@ from hflow_fast.training import Ranks, process_group
 # One process imports everything and is copied, which is far faster than starting Python anew each time; it is not
 # this one, because autograd's threads do not survive being copied.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "hflow_fast.training", "hflow_fast.models"])
+_CONTEXT.set_forkserver_preload(["hflow_fast.models", "hflow_fast.training", "torch._dynamo",
+                                 "torch.utils.tensorboard"])
 
 
 class Failure(AssertionError):

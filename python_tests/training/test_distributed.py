@@ -18,8 +18,10 @@ from hflow_fast.errors import ConfigError
 from hflow_fast.models import HFlow
 from hflow_fast.nn import ActNorm, initialize_locally
 from hflow_fast.training import (
-    RankError, Ranks, RunDirectory, Session, TrainConfig, Trainer, read_checkpoint, read_metrics,
+    RankError, Ranks, RunDirectory, Session, TrainConfig, Trainer, process_group, read_checkpoint,
+    read_metrics,
 )
+from hflow_fast.training import distributed
 from hflow_fast.training import session as session_module
 from hflow_fast.training.distributed import own_device
 from hflow_fast.training.evaluation import held_out_bits_per_dim
@@ -79,7 +81,10 @@ def evaluate_and_add_up(ranks: Ranks, data: Path) -> tuple[dict[str, float], lis
     torch.manual_seed(0)
     held_out = ImageDataset.open(data).held_out
     values = held_out_bits_per_dim(TinyFlow(noise=0.1), held_out, torch.arange(len(held_out)), batch_size=1, ranks=ranks)
-    tensors = [torch.full((3, 2), 1.0 + ranks.rank).t(), torch.tensor(1.0), torch.zeros(0), torch.ones(5).double()]
+    tensors = [torch.full((3, 2), 1.0 + ranks.rank).t(), torch.tensor(1.0), torch.zeros(0), torch.ones(5).double(),
+               torch.ones(4), torch.ones(2)]
+    if ranks.count > 1:
+        distributed._BUCKET = 24  # so that there are several; this process is not used again
     ranks.add_up(tensors)
     return values, tensors
 
@@ -89,7 +94,8 @@ def test_evaluation_has_the_value_of_one_process(dataset: ImageDataset) -> None:
     for values, tensors in in_processes(3, evaluate_and_add_up, dataset.path):
         assert values == alone
         for tensor, value in zip(tensors, (torch.full((2, 3), 6.0), torch.tensor(3.0), torch.zeros(0),
-                                           torch.full((5,), 3.0).double()), strict=True):
+                                           torch.full((5,), 3.0).double(), torch.full((4,), 3.0),
+                                           torch.full((2,), 3.0)), strict=True):
             assert torch.equal(tensor, value)
 
 
@@ -109,8 +115,22 @@ def save_after_a_difference(ranks: Ranks, data: Path, directory: Path) -> str:
 
 def test_processes_that_differ_do_not_save(tmp_path: Path, dataset: ImageDataset) -> None:
     first, second = in_processes(2, save_after_a_difference, dataset.path, tmp_path / "run")
-    assert re.match("RankError: process 1 and process 0 differ in decoder;", first) and second == "SystemExit: 2"
+    assert re.match("RankError: process 1 and process 0 differ in the average of decoder;", first) and second == "SystemExit: 2"
     assert read_checkpoint(tmp_path / "run", "training").training["step"] == 0
+
+
+def start_with_a_step_ahead(ranks: Ranks, data: Path, directory: Path) -> str:
+    trainer = trainer_for(ranks, data, directory)
+    trainer.step_count += ranks.rank
+    with pytest.raises((RankError, SystemExit)) as error:
+        Session(trainer).run()
+    return str(error.value)
+
+
+def test_processes_that_differ_do_not_start(tmp_path: Path, dataset: ImageDataset) -> None:
+    first, second = in_processes(2, start_with_a_step_ahead, dataset.path, tmp_path / "run")
+    assert first.startswith("process 1 and process 0 differ in the step;") and second == "2"
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
 def die_at_the_third_step(ranks: Ranks, data: Path, directory: Path) -> str:
@@ -210,7 +230,7 @@ def test_the_model_trains_in_distributed_data_parallel() -> None:
 
 def torchrun(*arguments: object) -> subprocess.Popen[str]:
     """``hflow-fast train`` in two processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--",
                "hflow_fast", "train", "--device", "cpu", *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -248,6 +268,14 @@ def test_more_processes_than_passes() -> None:
         check(5, 16, 4)
     with pytest.raises(ConfigError, match="at most 4 processes, or raise SAMPLES_PER_GRAD_EVAL to 5"):
         check(5, 4, 1)
+
+
+def test_a_world_without_an_address_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ConfigError, match="WORLD_SIZE is 2, but .*start them with torchrun"), process_group("cpu"):
+        pass
 
 
 def test_each_process_of_a_machine_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
