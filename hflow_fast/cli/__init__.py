@@ -11,6 +11,7 @@ from .bench import bench
 from .dataset import dataset
 from .decode import decode
 from .encode import encode
+from .import_ import import_command
 from .info import info
 from .interpolate import interpolate
 from .sample import sample
@@ -41,5 +42,5 @@ def main() -> None:
     """Hierarchical normalizing flows: datasets, training, what a trained model is used for, timings."""
 
 
-for _command in (bench, dataset, decode, encode, info, interpolate, sample, train):
+for _command in (bench, dataset, decode, encode, import_command, info, interpolate, sample, train):
     main.add_command(_command)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...errors import CheckpointError
 
-__all__ = ["load_original", "original_names"]
+__all__ = ["check_original", "load_original", "original_names"]
 
 # Constants that the original keeps in its state dict and we derive from the configuration.
 _DERIVED = re.compile(r"(.*\.)?(mask_in|mask_out|interp_K|interp_K_down|_mask_for_base|_mask_for_style)")
@@ -41,33 +41,49 @@ def original_names(model: nn.Module) -> dict[str, str | list[str]]:
     return {name: _original_name(model, name) for name, _ in model.named_parameters()}
 
 
-@torch.no_grad()
-def load_original(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
-    """Copies the original's weights into an :class:`~.model.HFlow` and marks its actnorms as initialised.
+def check_original(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """Checks that the original's weights fit an :class:`~.model.HFlow`, which may be on the meta device.
 
     Raises:
-        CheckpointError: a tensor is missing, left over or of another shape; the model is unchanged.
+        CheckpointError: a tensor is missing, left over or of another shape.
     """
-    sources = {name: [source] if isinstance(source, str) else source
-               for name, source in original_names(model).items()}
+    sources = _sources(model)
     expected = {source for group in sources.values() for source in group}
     given = {name for name in state_dict if not _DERIVED.fullmatch(name)}
     if given != expected:
         raise CheckpointError("The weights do not belong to this configuration: "
                               f"{_some(expected - given, 'missing')}; {_some(given - expected, 'not in the model')}.")
-    tensors = {}
     for name, parameter in model.named_parameters():
         group = sources[name]
-        size = parameter.numel() // len(group)
+        shape = parameter.shape if len(group) == 1 else parameter.shape[1:]
         for source in group:
-            if state_dict[source].numel() != size:
+            if _without_ones(state_dict[source].shape) != _without_ones(shape):
                 raise CheckpointError(f"{source}: shape {tuple(state_dict[source].shape)} does not fit this "
                                       f"configuration ({name} holds {tuple(parameter.shape)}).")
-        tensors[name] = torch.stack([state_dict[source] for source in group]).reshape(parameter.shape)
+
+
+@torch.no_grad()
+def load_original(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """Copies the original's weights into an :class:`~.model.HFlow` and marks its actnorms as initialised.
+
+    Raises:
+        CheckpointError: as :func:`check_original`; the model is unchanged.
+    """
+    check_original(model, state_dict)
+    sources = _sources(model)
     for name, parameter in model.named_parameters():
-        parameter.copy_(tensors[name])
+        parameter.copy_(torch.stack([state_dict[source] for source in sources[name]]).reshape(parameter.shape))
     for level in model.levels:
         level.flow.affines.finish_initialization()
+
+
+def _sources(model: nn.Module) -> dict[str, list[str]]:
+    return {name: [source] if isinstance(source, str) else source for name, source in original_names(model).items()}
+
+
+def _without_ones(shape: torch.Size) -> list[int]:
+    """A shape without the dimensions that the original has beside ours, such as (1, C, 1, 1) for C channels."""
+    return [length for length in shape if length != 1]
 
 
 def _some(names: set[str], what: str) -> str:

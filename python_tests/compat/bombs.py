@@ -1,0 +1,151 @@
+"""Small files that ask for much memory, time or stack. Run as a program: reads each one within a fixed memory."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from hflow_fast.compat import import_original, read_original
+from hflow_fast.errors import CheckpointError
+
+from .writer import END, PROTOCOL_2, around, checkpoint, container, dumps, length
+
+ALLOWED = 384 * 2**20
+SECONDS = 10.0
+
+_FLOATS = b"ctorch\nFloatStorage\n"
+_OBJECT = b"chflow.network\nMultiStep\n)\x81"
+_EMPTY = {"_parameters": {}, "_buffers": {}, "_modules": {}}
+
+
+def _plain(value: Any) -> bytes:
+    return dumps(value)[len(PROTOCOL_2):-len(END)]
+
+
+def _text(value: str) -> bytes:
+    return b"X" + length(value.encode()) + value.encode()
+
+
+def _tensor(elements: int, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> bytes:
+    storage = b"(" + _text("storage") + _FLOATS + _text("0") + _text("cpu") + _plain(elements) + b"NtQ"
+    return (b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + _plain(offset) + _plain(size) + _plain(stride)
+            + b"\x89ccollections\nOrderedDict\n)RtR")
+
+
+def _network(parameters: bytes) -> bytes:
+    """A network whose only members are these items (names and values) of its parameters."""
+    return PROTOCOL_2 + _OBJECT + _plain(_EMPTY) + _text("_parameters") + b"}(" + parameters + b"usb" + END
+
+
+def _with_storage(pickled: bytes, claimed: int, content: bytes = b"") -> bytes:
+    return checkpoint(container(pickled, ["0"], claimed.to_bytes(8, "little") + content))
+
+
+def tensor_file(elements: int, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> bytes:
+    """A network of one tensor "a", described so, whose storage has 16 elements."""
+    pickled = _network(_text("a") + _tensor(elements, offset, size, stride))
+    return _with_storage(pickled, elements, bytes(4 * 16))
+
+
+def files() -> dict[str, tuple[bytes, str]]:
+    """Files, and what is said about each one."""
+    pair = b"\x86"
+    doubled = b"N" + b"".join(b"q" + bytes([n]) + b"h" + bytes([n]) + pair for n in range(64))
+    huge = (2**31 - 1).to_bytes(4, "little")
+    shared = _text("a") + _tensor(2**20, 0, (2**20,), (1,)) + b"r\0\1\0\0"
+    shared += b"".join(_text(f"a{n}") + b"j\0\1\0\0" for n in range(1000))
+    itself = PROTOCOL_2 + _OBJECT + b"q\1" + _plain(_EMPTY) + _text("_modules") + b"}" + _text("a") + b"h\1ssb" + END
+    chain = PROTOCOL_2 + (_OBJECT + _plain(_EMPTY) + _text("_modules") + b"}" + _text("a" * 200)) * 3000
+    chain += _OBJECT + _plain(_EMPTY) + b"b" + b"ssb" * 3000 + END
+    return {
+        "name": (huge + b"x" * 8, "its first text would have 2,147,483,647 bytes"),
+        "source": (length(b"") + huge + b"x" * 8, "cut off or damaged: 2,147,483,647 bytes are announced"),
+        "settings": (around(dumps({})) + huge, "its settings would have 2,147,483,647 bytes"),
+        "text": (around(PROTOCOL_2 + b"X" + huge), "2,147,483,647 bytes are announced"),
+        "text of 8 bytes' length": (around(PROTOCOL_2 + b"\x8d" + b"\xff" * 7 + b"\0" + END), "cut off or damaged"),
+        "bytearray": (around(PROTOCOL_2 + b"\x96" + b"\xff" * 7 + b"\0" + END), "cut off or damaged"),
+        "number": (around(PROTOCOL_2 + b"\x8b" + huge + b"1"), "2,147,483,647 bytes are announced"),
+        "digits": (around(PROTOCOL_2 + b"L" + b"9" * 900_000 + b"L\n" + END), "no pickle at"),
+        "memo": (around(PROTOCOL_2 + b"Nr\xff\xff\xff\xff" + END), "a part of the network is not a module"),
+        "frame": (around(PROTOCOL_2 + b"\x95" + b"\xff" * 7 + b"\0" + END), "the opcode FRAME"),
+        "storage": (_with_storage(_network(_text("a") + _tensor(2**40, 0, (2,), (1,))), 2**40), "are announced at byte"),
+        "storage's own length": (_with_storage(_network(_text("a") + _tensor(4, 0, (4,), (1,))), 2**62), "has not the 4"),
+        "storage beyond integers": (around(_network(_text("a") + _tensor(2**70, 0, (2,), (1,)))), "something outside"),
+        "expanded": (tensor_file(16, 0, (2**40,), (0,)), "does not fit its storage"),
+        "one storage for many": (_with_storage(_network(shared), 2**20, bytes(2**22)), "claim more bytes than the file"),
+        "opcodes": (around(PROTOCOL_2 + b"}" * 3_000_000 + END), "far longer than that of any model"),
+        "bytes": (around(PROTOCOL_2 + (_text("x" * 2**20) + b"0") * 40 + END), "the opcode POP"),
+        "long": (around(PROTOCOL_2 + (_text("x" * 2**20)) * 40 + END), "far longer than that of any model"),
+        "nested lists": (around(PROTOCOL_2 + b"]" * 900_000 + b"a" * 899_999 + END), "is not a module"),
+        "nested tuples": (around(PROTOCOL_2 + b")" + b"\x85" * 900_000 + END), "is not a module"),
+        "nested marks": (around(PROTOCOL_2 + b"(" * 900_000 + END), "an unbalanced stack"),
+        "doubled tuples": (around(PROTOCOL_2 + doubled + END), "is not a module"),
+        "doubled tuples as a key": (around(PROTOCOL_2 + b"}" + doubled + b"Ns" + END), "neither text nor a small number"),
+        "colliding keys": (around(dumps({n * (2**61 - 1): 0 for n in range(1, 1000)})), "neither text nor a small"),
+        "a module in itself": (around(itself), "is there twice"),
+        "nested modules": (around(chain), "nested deeper than those of any network"),
+        "nested settings": (around(dumps({}), settings=b"[" * 900_000), "not valid JSON (RecursionError)"),
+        "nested settings, closed": (around(dumps({}), settings=b"[" * 800 + b"]" * 800), "not valid JSON (Recursion"),
+        "digits in settings": (around(dumps({}), settings=b"9" * 900_000), "not valid JSON (ValueError)"),
+    }
+
+
+def settings(golden: bytes) -> dict[str, tuple[bytes, str]]:
+    """The golden file with settings that ask for huge models."""
+    start = golden.rindex(b'{"GENERAL"')
+    original = json.loads(golden[start:])
+    result = {}
+    for key, value, said in (
+        ("NUM_LAYERS", [10**12] * 3, "a network of 6,000,000,000,"),
+        ("NUM_LAYERS", [4 * 10**6] * 3, "a network of 24,000,"),
+        ("UNET_N_DOWNSCALES", [10**9] * 3, "a network of 12,000,000,"),
+        ("RNVP_CHANNELS", [2**20] * 3, "does not fit this configuration"),
+        ("ENCODER_CHANNELS", [2**40] * 3, "too large for any computer"),
+        ("ENCODER_CHANNELS", [2**80] * 3, "too large for any computer"),
+        ("RESOLUTIONS", [2**n for n in range(1000, 2, -1)], "SKIPS_CHANNELS has 3 entries"),
+    ):
+        changed = original | {"MODEL_PARAMETERS": original["MODEL_PARAMETERS"] | {key: value}}
+        data = json.dumps(changed).encode()
+        result[f"{key} {str(value)[:20]}"] = golden[:start - 4] + length(data) + data, said
+    return result
+
+
+def main(golden: str) -> None:
+    """Reads every file within ALLOWED more memory than the program has, and SECONDS each."""
+    reads = [(name, *file, read_original) for name, file in files().items()]
+    reads += [(name, *file, import_original) for name, file in settings(Path(golden).read_bytes()).items()]
+    used = int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmSize"))
+               .split()[1]) * 1024
+    resource.setrlimit(resource.RLIMIT_AS, (used + ALLOWED, used + ALLOWED))
+    try:
+        bytes(2 * ALLOWED)
+        raise AssertionError("the limit does not hold")
+    except MemoryError:
+        pass
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.bin"
+        for name, data, said, read in reads:
+            path.write_bytes(data)
+            start = time.perf_counter()
+            try:
+                read(path)
+                print(f"{name}: was read")
+            except CheckpointError as error:
+                if said not in str(error):
+                    print(f"{name}: said {error}")
+            except ValueError as error:
+                if said not in str(error):
+                    print(f"{name}: {type(error).__name__} {error}")
+            except BaseException as error:
+                print(f"{name}: {type(error).__name__} {str(error)[:300]}")
+            if time.perf_counter() - start > SECONDS:
+                print(f"{name}: took {time.perf_counter() - start:.1f} s")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
