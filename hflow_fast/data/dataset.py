@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from ..errors import DatasetError
+from .hdf5 import is_hdf5
 
 __all__ = ["ImageDataset", "Images", "Manifest", "Recipe", "Skipped"]
 
@@ -138,6 +139,9 @@ class ImageDataset:
 
 def _read_manifest(path: Path) -> Manifest:
     file = path / "dataset.json"
+    if is_hdf5(path):
+        raise DatasetError(f"{path}: an HDF5 file has no held-out images and no random access; convert it once with "
+                           f"hflow-fast dataset {path} OUT --resolution R and give OUT.")
     if not file.is_file():
         what = "not a dataset, dataset.json is missing" if path.exists() else "no such dataset"
         raise DatasetError(f"{path}: {what}; make one with hflow-fast dataset SOURCE OUT --resolution R.")
