@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...nn._cache import ParameterCache
 from ...nn._data_init import DataInitialized, channel_statistics
 from ...nn._inversion import invert
-from ...nn.skew_exponential import skew_exponential
+from ...nn.skew_exponential import Squarings, skew_exponential
 from ...ops import lu
 
 __all__ = ["FoldedAffines", "StepAffines"]
@@ -55,6 +55,7 @@ class StepAffines(DataInitialized):
         matrix = torch.randn(steps, channels, channels)
         self.matrix = nn.Parameter((torch.linalg.qr(matrix)[0] if parametrization == "full" else matrix) / gain)
         self._cache = ParameterCache()
+        self._squarings = Squarings()
 
     @torch.no_grad()
     def initialize_step(self, step: int, x: Tensor) -> None:
@@ -92,7 +93,7 @@ class StepAffines(DataInitialized):
     def _matrices(self) -> tuple[Tensor, Tensor]:
         """The convolutions' matrices (L, C, C), and the sum of log|det| (0-dim)."""
         if self.parametrization == "orthogonal":
-            matrices = skew_exponential(self.matrix * self.gain)
+            matrices = skew_exponential(self.matrix * self.gain, self._squarings)
             return matrices, matrices.new_zeros(())
         matrices = self.matrix * self.gain
         return matrices, lu(matrices)[0].sum()
