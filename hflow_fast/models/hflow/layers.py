@@ -6,7 +6,7 @@ Shapes are (B, C, H, W) unless said otherwise.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ... import ops
 from ...ops import bias_act
 
-__all__ = ["EqualConv2d", "EqualLinear", "downsample", "instance_norm", "merge_residual", "upsample"]
+__all__ = ["EqualConv2d", "EqualLinear", "Equalized", "downsample", "instance_norm", "merge_residual", "upsample"]
 
 Activation = Literal["leaky_relu", "tanh", "linear"]
 
@@ -37,12 +37,15 @@ def _convolution_adds_bias(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
-class _Equalized(nn.Module):
+class Equalized(nn.Module):
     """Parameters stored as N(0, 1)/lr_scale and multiplied at run time by He's gain and ``lr_scale``.
 
     So every weight moves at the same relative rate under Adam, ``lr_scale`` times faster where asked
     (Karras et al., "Progressive Growing of GANs", ICLR 2018, §4.1).
     """
+
+    effective: tuple[Tensor, Tensor] | None = None
+    """Scaled weight and bias, while :class:`~.effective.EffectiveWeights` provides them."""
 
     def __init__(self, shape: tuple[int, ...], gain: float, activation: Activation, lr_scale: float,
                  zero_init: bool) -> None:
@@ -54,11 +57,22 @@ class _Equalized(nn.Module):
         self.weight = nn.Parameter(weight)
         self.bias = nn.Parameter(torch.zeros(shape[0]))
 
+    def scaled(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias as they are used."""
+        effective = self.effective
+        # Another thread may sample while this one trains: what it installs has no way back to the parameters.
+        if effective and (effective[0].requires_grad or not torch.is_grad_enabled() or not self.weight.requires_grad):
+            return effective
+        return self.weight * self.weight_scale, self.bias * self.bias_scale
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in super().__getstate__().items() if name != "effective"}
+
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, {self.activation}"
 
 
-class EqualConv2d(_Equalized):
+class EqualConv2d(Equalized):
     """Same-size convolution with equalised learning rate, then an activation: (B, in, H, W) → (B, out, H, W).
 
     Args:
@@ -77,7 +91,7 @@ class EqualConv2d(_Equalized):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """The layer's output, merged with ``residual`` (see :func:`merge_residual`) if there is one."""
-        weight, bias, padding = self.weight * self.weight_scale, self.bias * self.bias_scale, self.weight.shape[-1] // 2
+        (weight, bias), padding = self.scaled(), self.weight.shape[-1] // 2
         if _convolution_adds_bias(x):
             x, bias = F.conv2d(x, weight, bias, padding=padding), None
             # One pass each, as quick in plain torch.
@@ -91,7 +105,7 @@ class EqualConv2d(_Equalized):
         return bias_act(x, bias, residual, activation=self.activation, slope=LEAKY_SLOPE, gain=gain)
 
 
-class EqualLinear(_Equalized):
+class EqualLinear(Equalized):
     """Linear map with equalised learning rate, then an activation: (B, in) → (B, out)."""
 
     def __init__(self, in_features: int, out_features: int, *, activation: Activation = "leaky_relu",
@@ -100,7 +114,7 @@ class EqualLinear(_Equalized):
         super().__init__((out_features, in_features), gain, activation, lr_scale, zero_init)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _activate(F.linear(x, self.weight * self.weight_scale, self.bias * self.bias_scale), self.activation)
+        return _activate(F.linear(x, *self.scaled()), self.activation)
 
 
 def instance_norm(x: Tensor) -> Tensor:
