@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import re
 from html import unescape
@@ -25,6 +26,7 @@ PARTS = {
 }
 
 
+@functools.cache
 def _model(preset: str) -> HFlow:
     with torch.device("meta"):  # shapes only
         return HFlow.from_config(preset)
