@@ -11,10 +11,12 @@ from .bench import bench
 from .dataset import dataset
 from .decode import decode
 from .encode import encode
+from .evaluate import evaluate
 from .import_ import import_command
 from .info import info
 from .interpolate import interpolate
 from .sample import sample
+from .study import study
 from .train import train
 
 __all__ = ["main"]
@@ -42,5 +44,5 @@ def main() -> None:
     """Hierarchical normalizing flows: datasets, training, what a trained model is used for, timings."""
 
 
-for _command in (bench, dataset, decode, encode, import_command, info, interpolate, sample, train):
+for _command in (bench, dataset, decode, encode, evaluate, import_command, info, interpolate, sample, study, train):
     main.add_command(_command)

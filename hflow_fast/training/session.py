@@ -136,9 +136,6 @@ class Session:
 
     def _do_what_is_due(self, log: RunLog | None, window: Window) -> None:
         due = {name: self._agree(self._due(name)) for name in INTERVALS}
-        for name in due:
-            if due[name]:
-                self._intervals[name].restart(self._trainer.step_count, self._trainer.seconds)
         improved = False
         if due["visualization"] or due["metrics"]:
             improved = self._agree(self._evaluate(log, grids=due["visualization"], metrics=due["metrics"]))
@@ -149,6 +146,9 @@ class Session:
     def _due(self, name: str) -> bool:
         step, seconds = self._trainer.step_count, self._trainer.seconds
         return self._intervals[name].due(step, seconds) or (name == "checkpoint" and seconds >= self._retry_at)
+
+    def _restart(self, name: str) -> None:
+        self._intervals[name].restart(self._trainer.step_count, self._trainer.seconds)
 
     def _something_due(self) -> bool:
         return any(map(self._due, INTERVALS))
@@ -175,6 +175,7 @@ class Session:
 
     def _write_checkpoint(self) -> None:
         trainer = self._trainer
+        self._restart("checkpoint")
         trainer.session_state = {"intervals": {name: interval.state_dict()
                                                for name, interval in self._intervals.items()}}
         notes = self._measured if self._measured.get("step") == trainer.step_count else {}
@@ -209,8 +210,8 @@ class Session:
         if trainer.resumed_from is None:
             _LOGGER.debug("%s: training starts", trainer.run.path)
         else:
-            _LOGGER.info("%s: training goes on at step %d, from %s", trainer.run.path, trainer.step_count,
-                         trainer.resumed_from.name)
+            _LOGGER.debug("%s: training goes on at step %d, from %s", trainer.run.path, trainer.step_count,
+                          trainer.resumed_from.name)
         for change in trainer.changes:
             _LOGGER.info("configuration changed: %s", change)
 
@@ -256,6 +257,9 @@ class Session:
         """
         trainer, general, output = self._trainer, self._trainer.config.general, self._trainer.config.output
         model, held_out, step = trainer.average, trainer.dataset.held_out, trainer.step_count
+        for name, is_done in (("visualization", grids), ("metrics", metrics)):
+            if is_done:
+                self._restart(name)
         indices = evaluation_indices(len(held_out), output.evaluation_images)
         values = held_out_bits_per_dim(model, held_out, indices, batch_size=general.batch_size,
                                        bits=general.discretization_bits, ranks=trainer.ranks)

@@ -16,7 +16,7 @@ __all__ = ["hold_levels"]
 
 @torch.no_grad()
 def hold_levels(
-    model: nn.Module, x: Tensor, *, keep: Literal["coarse", "fine"] = "coarse", draws: int = 6,
+    model: nn.Module, images: Tensor, *, keep: Literal["coarse", "fine"] = "coarse", draws: int = 6,
     std: float | Sequence[float] = 1.0, seed: int = 0, batch_size: int = 16,
 ) -> Tensor:
     """Images that share the latents on one side of the hierarchy and are samples on the other.
@@ -25,7 +25,7 @@ def hold_levels(
 
     Args:
         model: a hierarchical model.
-        x: (N, 3, R, R) in [-0.5, 0.5].
+        images: (N, 3, R, R), uint8.
         keep: "coarse" holds the latents below the cut and varies the finer ones, "fine" the converse.
         draws: K, samples for each cut.
         std, seed: of the samples, as :func:`hflow_fast.inference.draw_latents` takes them.
@@ -34,12 +34,12 @@ def hold_levels(
     Returns:
         (N, L − 1, K, 3, R, R), uint8, on the CPU. Cut c is below the c + 1 finest levels.
     """
-    latents = encode_in_batches(model, x, batch_size)
+    latents = encode_in_batches(model, images, batch_size)
     fresh = draw_latents(model, range(draws), std=std, seed=seed)
-    images = torch.empty(len(x), len(latents) - 1, draws, *x.shape[1:], dtype=torch.uint8)
-    for index in range(len(x)):
+    samples = torch.empty(len(images), len(latents) - 1, draws, *images.shape[1:], dtype=torch.uint8)
+    for index in range(len(images)):
         held = expand(latents, index, draws)
         for cut in range(1, len(latents)):
             mixed = [*fresh[:cut], *held[cut:]] if keep == "coarse" else [*held[:cut], *fresh[cut:]]
-            images[index, cut - 1] = to_uint8(decode_in_batches(model, mixed, batch_size))
-    return images
+            samples[index, cut - 1] = to_uint8(decode_in_batches(model, mixed, batch_size))
+    return samples

@@ -7,19 +7,19 @@ from typing import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..interpolation import latents_of
+
 __all__ = ["decode_in_batches", "encode_in_batches", "expand", "level_names"]
 
 
 def level_names(model: nn.Module) -> list[str]:
     """A name for each latent, in the order of ``model.latent_shapes``: its resolution, or "code" for a single pixel."""
-    return ["code" if height == width == 1 else f"{height} × {width}" for _, height, width in model.latent_shapes]
+    return ["code" if height == width == 1 else str(height) for _, height, width in model.latent_shapes]
 
 
-@torch.no_grad()
-def encode_in_batches(model: nn.Module, x: Tensor, batch_size: int) -> list[Tensor]:
-    """The latents of images (N, 3, R, R) in [-0.5, 0.5], finest first, on the model's device."""
-    device = next(model.parameters()).device
-    parts = [model.encode(batch.to(device))[0] for batch in x.split(batch_size)]
+def encode_in_batches(model: nn.Module, images: Tensor, batch_size: int) -> list[Tensor]:
+    """The latents of images (N, 3, R, R), uint8, finest first, on the model's device."""
+    parts = [latents_of(model, batch) for batch in images.split(batch_size)]
     return [torch.cat(levels) for levels in zip(*parts)]
 
 

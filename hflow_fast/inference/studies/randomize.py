@@ -15,7 +15,7 @@ __all__ = ["randomize_levels"]
 
 @torch.no_grad()
 def randomize_levels(
-    model: nn.Module, x: Tensor, *, draws: int = 32, std: float | Sequence[float] = 1.0, seed: int = 0,
+    model: nn.Module, images: Tensor, *, draws: int = 32, std: float | Sequence[float] = 1.0, seed: int = 0,
     batch_size: int = 16, progress: Callable[[int], object] = lambda count: None,
 ) -> Tensor:
     """Standard deviation of each pixel when the latents of one level are replaced by fresh samples.
@@ -24,7 +24,7 @@ def randomize_levels(
 
     Args:
         model: a hierarchical model.
-        x: (N, 3, R, R) in [-0.5, 0.5].
+        images: (N, 3, R, R), uint8.
         draws: K ≥ 2.
         std, seed: of the samples, as :func:`hflow_fast.inference.draw_latents` takes them.
         batch_size: images at a time.
@@ -35,13 +35,13 @@ def randomize_levels(
     """
     if draws < 2:
         raise ValueError(f"randomize_levels: a spread needs at least 2 draws, got {draws}.")
-    latents = encode_in_batches(model, x, batch_size)
+    latents = encode_in_batches(model, images, batch_size)
     fresh = draw_latents(model, range(draws), std=std, seed=seed)
-    maps = torch.empty(len(latents), len(x), *x.shape[-2:])
-    for index in range(len(x)):
+    maps = torch.empty(len(latents), len(images), *images.shape[-2:])
+    for index in range(len(images)):
         kept = expand(latents, index, draws)
         for level in range(len(latents)):
-            images = decode_in_batches(model, [*kept[:level], fresh[level], *kept[level + 1:]], batch_size)
-            maps[level, index] = images.clamp(-0.5, 0.5).std(dim=0).mean(dim=0)
+            drawn = decode_in_batches(model, [*kept[:level], fresh[level], *kept[level + 1:]], batch_size)
+            maps[level, index] = drawn.clamp(-0.5, 0.5).std(dim=0).mean(dim=0)
             progress(draws)
     return maps

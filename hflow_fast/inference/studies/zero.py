@@ -15,13 +15,13 @@ __all__ = ["zero_levels"]
 
 @torch.no_grad()
 def zero_levels(
-    model: nn.Module, x: Tensor, *, start: Literal["finest", "coarsest"] = "finest", batch_size: int = 16
+    model: nn.Module, images: Tensor, *, start: Literal["finest", "coarsest"] = "finest", batch_size: int = 16
 ) -> Tensor:
     """Images whose latents are set to zero, their prior's mean, one level after the other.
 
     Args:
         model: a hierarchical model.
-        x: (N, 3, R, R) in [-0.5, 0.5].
+        images: (N, 3, R, R), uint8.
         start: at which end of the hierarchy.
         batch_size: images at a time.
 
@@ -29,7 +29,7 @@ def zero_levels(
         (L + 1, N, 3, R, R), uint8, on the CPU, for L levels: from all latents; without the first level's; and so on to
         the image of zero latents, which is the same for all.
     """
-    latents = encode_in_batches(model, x, batch_size)
+    latents = encode_in_batches(model, images, batch_size)
     order = range(len(latents)) if start == "finest" else reversed(range(len(latents)))
     steps = [decode_in_batches(model, latents, batch_size)]
     for level in order:
