@@ -17,7 +17,6 @@ from .images import enlarge
 
 __all__ = ["check_video_path", "save_video"]
 
-_SMALLEST_WIDTH = 256  # pixels
 _SHORTEST_DELAY = 2  # hundredths of a second; browsers show GIFs with shorter ones slowly
 _STOPPED = "the video's encoder stopped before the end; is the disk full?"
 
@@ -41,17 +40,18 @@ def check_video_path(path: str | os.PathLike[str]) -> None:
                               f"(pip install 'hflow_fast[video]'); GIF does not. ({error})") from error
 
 
-def save_video(frames: Iterable[Tensor], path: str | os.PathLike[str], *, fps: float = 24) -> None:
+def save_video(frames: Iterable[Tensor], path: str | os.PathLike[str], *, fps: float = 24, width: int = 256) -> None:
     """Writes frames as H.264 in an MP4 file, or as a GIF that repeats for ever: whole, or not at all.
 
-    Small frames are enlarged by whole pixels, towards a width of 256. An MP4 is encoded as the frames come and plays in
-    browsers (yuv420p); a last row or column is doubled where a side is odd. A GIF has 256 colours per frame, and a
-    delay of whole hundredths of a second, at least two; Pillow keeps all its frames in memory.
+    Small frames are enlarged by whole pixels. An MP4 is encoded as the frames come and plays in browsers (yuv420p);
+    a last row or column is doubled where a side is odd. A GIF has 256 colours per frame, and a delay of whole
+    hundredths of a second, at least two; Pillow keeps all its frames in memory.
 
     Args:
         frames: (3, H, W) each, uint8, all of one size; at least one.
         path: ends in .mp4 or .gif.
         fps: frames per second.
+        width: what frames are enlarged towards, in pixels; larger ones stay as they are.
 
     Raises:
         ConfigError: see :func:`check_video_path`.
@@ -59,7 +59,7 @@ def save_video(frames: Iterable[Tensor], path: str | os.PathLike[str], *, fps: f
         OSError: the file cannot be written.
     """
     check_video_path(path)
-    pictures = (enlarge(frame, _SMALLEST_WIDTH).permute(1, 2, 0).contiguous().cpu().numpy() for frame in frames)
+    pictures = (enlarge(frame, width).permute(1, 2, 0).contiguous().cpu().numpy() for frame in frames)
     first = next(pictures, None)
     if first is None:
         raise ValueError("save_video: there are no frames.")
@@ -112,6 +112,6 @@ def _even(picture: np.ndarray) -> np.ndarray:
 
 
 def _write_gif(pictures: Iterator[np.ndarray], path: Path, fps: float) -> None:
-    first = Image.fromarray(next(pictures))
+    images = map(Image.fromarray, pictures)
     delay = 10 * max(_SHORTEST_DELAY, round(100 / fps))
-    first.save(path, format="gif", save_all=True, append_images=map(Image.fromarray, pictures), duration=delay, loop=0)
+    next(images).save(path, format="gif", save_all=True, append_images=images, duration=delay, loop=0)
