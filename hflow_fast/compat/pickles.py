@@ -22,7 +22,7 @@ from .bounded import BoundedFile
 
 __all__ = ["Global", "Record", "Vocabulary", "read_pickle"]
 
-_MOST_OPCODES = 2_000_000
+_MOST_OPCODES = 1_000_000
 """The pickle of the paper's largest model, A-256, has 211,000."""
 _LONGEST = 2**25
 """Bytes, without the tensors; that of A-256 has 674,000, with the source text of its classes."""

@@ -14,25 +14,11 @@ import torch
 from hflow_fast.compat import read_original
 from hflow_fast.errors import CheckpointError
 
-from .writer import END, MAGIC, PROTOCOL_2, SYSTEM, around, as_original, checkpoint, container, dumps
+from .writer import MAGIC, PROTOCOL_2, SYSTEM, around, as_original, call, checkpoint, container, dumps, program, value
 
 GETATTR = b"c__builtin__\ngetattr\n"
 NETWORK = b"chflow.network\nMultiStep\n"
 OBJECT = NETWORK + b")\x81"
-
-
-def value(plain: Any) -> bytes:
-    """The opcodes of a plain value, to stand within a program."""
-    return dumps(plain)[len(PROTOCOL_2):-len(END)]
-
-
-def program(*opcodes: bytes) -> bytes:
-    return PROTOCOL_2 + b"".join(opcodes) + END
-
-
-def call(name: str, *arguments: Any) -> bytes:
-    module, _, attribute = name.rpartition(".")
-    return program(f"c{module}\n{attribute}\n".encode(), value(arguments), b"R")
 
 
 class _Runs:
@@ -103,9 +89,9 @@ def test_calls_are_refused_in_every_pickle_of_the_file(refused, canary, part, pl
 @pytest.mark.parametrize("name", [
     "builtins.getattr", "builtins.__import__", "importlib.import_module", "operator.attrgetter", "functools.partial",
     "types.FunctionType", "pickle.loads", "copyreg._reconstructor", "copyreg.__newobj__", "shutil.rmtree",
-    "torch.load", "torch.hub.load", "torch.jit.load", "torch._utils._rebuild_tensor", "torch._utils._import_dotted_name",
-    "numpy.load", "torch.FloatTensor", "torch.nn.modules.linear.Linear", "torch.nn.modules.module.Module",
-    "hflow.network.Backdoor", "hflow.utils.Network", "network.MultiStep",
+    "torch.load", "torch.hub.load", "torch.jit.load", "torch._utils._rebuild_tensor",
+    "torch._utils._import_dotted_name", "numpy.load", "torch.FloatTensor", "torch.nn.modules.linear.Linear",
+    "torch.nn.modules.module.Module", "hflow.network.Backdoor", "hflow.utils.Network", "network.MultiStep",
 ])
 def test_other_names_are_refused(refused, name):
     refused(around(call(name)), f"refused: it names {name},")

@@ -96,6 +96,13 @@ def test_weights_of_another_configuration(golden_file, config):
         import_original(golden_file, other)
 
 
+def test_a_transposed_weight_is_refused(config, weights):
+    name = "blocks.1.skip_to_next.w"
+    assert weights[name].shape[0] != weights[name].shape[1]
+    with pytest.raises(CheckpointError, match=f"{name}: shape"):
+        HFlow.from_original(config, weights | {name: weights[name].transpose(0, 1)})
+
+
 def test_settings_with_a_mistake_are_named(golden_file, config):
     other = copy.deepcopy(config)
     other["GENERAL"]["BATCH_SIZE"] = -1

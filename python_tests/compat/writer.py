@@ -8,7 +8,7 @@ import json
 import pickle
 import sys
 from pathlib import Path
-from typing import Any, Iterator, Mapping
+from typing import Any, Mapping
 
 import pytest
 import torch
@@ -50,6 +50,22 @@ class MultiStep(torch.nn.Module):
 
 def dumps(value: Any) -> bytes:
     return pickle.dumps(value, protocol=2)
+
+
+def value(plain: Any) -> bytes:
+    """The opcodes of a plain value, to stand within a program."""
+    return dumps(plain)[len(PROTOCOL_2):-len(END)]
+
+
+def program(*opcodes: bytes) -> bytes:
+    """A pickle of these opcodes."""
+    return PROTOCOL_2 + b"".join(opcodes) + END
+
+
+def call(name: str, *arguments: Any) -> bytes:
+    """A pickle that calls the function of this name."""
+    module, _, attribute = name.rpartition(".")
+    return program(f"c{module}\n{attribute}\n".encode(), value(arguments), b"R")
 
 
 def container(pickled: bytes, keys: list[str] | None = None, storages: bytes = b"") -> bytes:
@@ -94,15 +110,22 @@ def as_original(weights: Mapping[str, Tensor], settings: Any, folder: Path, cana
         patch.setattr(torch.serialization, "location_tag", lambda storage: location)
         importlib.invalidate_caches()
         network = _modules(importlib.import_module("hflow.network"), weights)
-        optimizer = torch.optim.Adam(network.parameters(), lr=0.0)
-        for parameter in network.parameters():
-            parameter.grad = torch.ones_like(parameter)
-        optimizer.step()
-        data = checkpoint(_save(network), settings, _save(optimizer.state_dict()), source.encode())
+        data = checkpoint(_save(network), settings, _save(_adam(network)), source.encode())
     for name in ("hflow.network", "hflow"):
         del sys.modules[name]
     canary.unlink()
     return data
+
+
+def _adam(network: nn.Module) -> dict[str, Any]:
+    """What Adam's ``state_dict`` would give after a step."""
+    parameters = list(network.parameters())
+    state = {index: {"step": torch.tensor(1.0), "exp_avg": torch.ones_like(parameter, requires_grad=False),
+                     "exp_avg_sq": torch.ones_like(parameter, requires_grad=False)}
+             for index, parameter in enumerate(parameters)}
+    group = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0, "amsgrad": False, "maximize": False,
+             "initial_lr": 1e-3, "foreach": None, "params": list(range(len(parameters)))}
+    return {"state": state, "param_groups": [group]}
 
 
 def _save(value: Any) -> bytes:
@@ -125,7 +148,3 @@ def _modules(classes: Any, weights: Mapping[str, Tensor]) -> nn.Module:
         else:
             module.register_parameter(leaf, nn.Parameter(tensor))
     return root
-
-
-def truncations(data: bytes, every: int = 1) -> Iterator[bytes]:
-    return (data[:size] for size in range(0, len(data), every))
