@@ -105,7 +105,7 @@ class Loader(Iterator[list[Tensor]]):
             mine = [parts[number] for number in self._share(len(parts))]
             indices = torch.cat(mine).numpy()
             buffer = self._target.buffer((len(indices), *self._images.shape))
-            pixels = self._threads.submit(_read, self._images, indices, buffer)
+            pixels = self._threads.submit(_read, self._images, indices, buffer, self._target.finish)
             sizes = [len(part) for part in mine]
             self._pending.append(_Step(parts, sizes, self._batches.state_dict(), pixels))
 
@@ -118,13 +118,13 @@ class _Step:
     pixels: Future[Tensor]
 
 
-def _read(images: Images, indices: np.ndarray, buffer: Tensor) -> Tensor:
+def _read(images: Images, indices: np.ndarray, buffer: Tensor, finish: Callable[[Tensor], Tensor]) -> Tensor:
     images.read_into(indices, buffer.numpy())
-    return buffer
+    return finish(buffer)
 
 
 class _Host:
-    """Pixels stay in the memory they are read into, or are moved to a device that has no streams here."""
+    """Pixels for the CPU, or for a device that has no streams here."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -132,8 +132,12 @@ class _Host:
     def buffer(self, shape: tuple[int, ...]) -> Tensor:
         return torch.empty(shape, dtype=torch.uint8)
 
+    def finish(self, pixels: Tensor) -> Tensor:
+        """Channels first. By NumPy: torch would take all cores from the computation for it."""
+        return torch.from_numpy(np.moveaxis(pixels.numpy(), -1, 1).copy())
+
     def move(self, pixels: Tensor) -> Tensor:
-        return pixels.to(self._device).permute(0, 3, 1, 2).contiguous()
+        return pixels.to(self._device)
 
 
 class _Upload:
@@ -151,6 +155,9 @@ class _Upload:
             if buffer.shape == shape:
                 return buffer
         return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+
+    def finish(self, pixels: Tensor) -> Tensor:
+        return pixels  # the GPU puts the channels first
 
     def move(self, pixels: Tensor) -> Tensor:
         if self._copied is not None:

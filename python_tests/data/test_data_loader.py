@@ -117,7 +117,7 @@ def test_the_state_of_another_dataset_is_refused(images: Images):
 
 def test_no_more_is_read_than_was_asked_for(images: Images, monkeypatch: pytest.MonkeyPatch):
     started = []
-    monkeypatch.setattr(loader_module, "_read", lambda _, index, buffer: started.append(index) or buffer)
+    monkeypatch.setattr(loader_module, "_read", lambda _, index, buffer, finish: started.append(index) or buffer)
     with loading(images, ahead=3) as loader:
         assert not started
         for done in range(1, 5):
