@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import itertools
 import signal
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..configs import load_config
 from .options import device_option, threads_option
+
+if TYPE_CHECKING:
+    from ..training import GeneralConfig
 
 __all__ = ["train"]
 
@@ -41,57 +45,84 @@ def train(
 
     Training ends at the first of --steps, --epochs and --hours, counted over all sessions of the run; given here,
     they replace those of the configuration. Ctrl-C saves a checkpoint and ends.
+
+    On N GPUs or processors: torchrun --nproc-per-node N -m -- hflow_fast train …
     """
     import torch
 
     from ..data import ImageDataset
     from ..models import HFlow
-    from ..training import RunDirectory, Session, TrainConfig, Trainer
-    from ..training.trainer import check_dataset
+    from ..training import RunDirectory, Session, TrainConfig, Trainer, process_group
+    from ..training.distributed import own_device
+    from ..training.trainer import check_dataset, check_ranks
+
+    with process_group(own_device(device)) as ranks, ExitStack() as stack:
+        if directory is None and config is not None:
+            directory = ranks.gather(_new_directory(config))[0]
+        with ranks.together():  # all that can be wrong is found out before the run's folder is made
+            settings = _settings(config, directory, resume, fixed=(config, batch_size, seed))
+            _override(settings.setdefault("GENERAL", {}), data, {"STEPS": steps, "EPOCHS": epochs, "HOURS": hours},
+                      batch_size, seed)
+            general = TrainConfig.from_config(settings).general
+            if general.dataset_path is None:
+                raise click.UsageError("give the dataset with --data.")
+            dataset = ImageDataset.open(general.dataset_path)
+            torch.manual_seed(general.seed)
+            torch.backends.cudnn.benchmark = True  # all batches have the same shape
+            model = HFlow.from_config(settings)
+            check_dataset(dataset, model.resolution, general)
+            check_ranks(ranks.count, general)
+            run = RunDirectory(directory)
+            if ranks.is_writer:
+                if not resume:
+                    RunDirectory.create(directory, settings)
+                stack.enter_context(run.lock())
+            trainer = Trainer(model, dataset, run, settings, own_device(device), ranks)
+            if resume and ranks.is_writer:
+                run.write_config(settings)
+            session = Session(trainer)
+
+        def say(text: str) -> None:
+            if ranks.is_writer:
+                click.echo(f"{run.path}: {text}")
+
+        if session.finished:
+            say(f"already trained to step {trainer.step_count}; give --steps, --epochs or --hours to go further.")
+            return
+        say(f"training {config or 'goes on'}, {general.dataset_path}{_sharing(general, ranks.count)}")
+        ended = session.run()
+        if ended != "finished":
+            say(f"{ended} at step {trainer.step_count}, saved; continue with --resume.")
+            raise SystemExit(128 + signal.Signals[ended])
+        say(f"finished at step {trainer.step_count}.")
+
+
+def _settings(config: str | None, directory: Path | None, resume: bool, fixed: tuple[Any, ...]) -> dict[str, Any]:
+    """The configuration of a run that goes on, or of a new one; ``fixed`` are the options that only a new one takes."""
+    from ..training import RunDirectory
 
     if resume:
-        if config is not None or batch_size is not None or seed is not None:
+        if any(option is not None for option in fixed):
             raise click.UsageError("--resume keeps the run's configuration: leave out --config, --batch-size, --seed.")
         if directory is None:
             raise click.UsageError("say which run to continue with --run.")
-        run = RunDirectory.open(directory)
-        settings = run.read_config()
-    elif config is None:
+        return RunDirectory.open(directory).read_config()
+    if config is None:
         raise click.UsageError("give --config to start a run, or --resume to continue one.")
-    else:
-        settings = load_config(config)
-    _override(settings.setdefault("GENERAL", {}), data, {"STEPS": steps, "EPOCHS": epochs, "HOURS": hours},
-              batch_size, seed)
-    general = TrainConfig.from_config(settings).general
-    if general.dataset_path is None:
-        raise click.UsageError("give the dataset with --data.")
+    return load_config(config)
 
-    if general.num_gpus > 1:
-        click.echo(f"NUM_GPUS is {general.num_gpus}, but training uses one device.", err=True)
 
-    # All that can be wrong is found out before the run's folder is made.
-    dataset = ImageDataset.open(general.dataset_path)
-    torch.manual_seed(general.seed)
-    torch.backends.cudnn.benchmark = True  # all batches have the same shape
-    model = HFlow.from_config(settings)
-    check_dataset(dataset, model.resolution, general)
-    if not resume:
-        run = RunDirectory.create(directory or _new_directory(config), settings)
-        click.echo(f"{run.path}: training {config}, {general.dataset_path}")
-    with run.lock():
-        trainer = Trainer(model, dataset, run, settings, device)
-        if resume:
-            run.write_config(settings)
-        session = Session(trainer)
-        if session.finished:
-            click.echo(f"{run.path}: already trained to step {trainer.step_count}; "
-                       "give --steps, --epochs or --hours to go further.")
-            return
-        ended = session.run()
-    if ended != "finished":
-        click.echo(f"{run.path}: {ended} at step {trainer.step_count}, saved; continue with --resume.")
-        raise SystemExit(128 + signal.Signals[ended])
-    click.echo(f"{run.path}: finished at step {trainer.step_count}.")
+def _sharing(general: GeneralConfig, processes: int) -> str:
+    """What there is to say about the number of processes."""
+    passes = general.samples_per_grad_eval // general.batch_size
+    if processes == 1:
+        return "" if general.num_gpus == 1 else (
+            f"; NUM_GPUS is {general.num_gpus}, but this is one process: "
+            f"torchrun --nproc-per-node {general.num_gpus} -m -- hflow_fast train … starts as many")
+    if passes % processes:
+        return (f"; {processes} processes share the {passes} passes of a step unequally, so some wait: "
+                f"{passes} is best divided by their number")
+    return f"; {processes} processes share the {passes} passes of a step"
 
 
 def _new_directory(config: str) -> Path:
