@@ -36,11 +36,15 @@ class _CouplingNet(nn.Module):
 
 
 class VectorCouplingNet(nn.Module):
-    """For the endblock, one pixel: (B, C, 1, 1), context (B, K, 1, 1) or none → (B, 2C, 1, 1)."""
+    """For the endblock, one pixel: (B, C, 1, 1), context (B, K) or none → (B, 2C, 1, 1)."""
+
+    passive: Tensor
 
     def __init__(self, channels: int, hidden: int, context_channels: int | None) -> None:
         super().__init__()
-        self.passive_channels = channels // 2
+        # √2 where the coupling leaves its input unchanged, as below.
+        passive = math.sqrt(2.0) * (torch.arange(channels) < channels // 2)
+        self.register_buffer("passive", passive, persistent=False)
         if context_channels is None:
             self.input = EqualLinear(channels, channels, activation="tanh")
         else:
@@ -53,8 +57,7 @@ class VectorCouplingNet(nn.Module):
                                    EqualLinear(hidden // 2, channels, activation="linear"))
 
     def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
-        x = x.flatten(1)
-        passive = F.pad(x[:, : self.passive_channels] * math.sqrt(2.0), (0, x.shape[1] - self.passive_channels))
+        passive = x.flatten(1) * self.passive
         if context is None:
             x = self.input(passive)
         else:
