@@ -85,7 +85,7 @@ def test_a_group_computes_its_weights_once(original_model, golden):
     with Calls() as plain:
         train(original_model, images, prepared=False)
     assert plain.count["lu_many_fwd"] == 9  # per pass and level; the endblock's are rotations
-    equalized = len(original_model._weights._equalized)
+    equalized = len(original_model._weights._layers)
     assert plain.count["mul"] - calls.count["mul"] > 3 * 2 * equalized
     assert plain.count["bmm"] > 2 * calls.count["bmm"]
 

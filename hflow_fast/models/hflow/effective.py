@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...nn._cache import ParameterCache
 from .affines import FoldedAffines, StepAffines, fold_to_latent
-from .layers import Equalized
+from .layers import Equalized, Together, join
 
 __all__ = ["EffectiveWeights"]
 
@@ -31,7 +31,11 @@ class EffectiveWeights:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._equalized = [module for module in model.modules() if isinstance(module, Equalized)]
+        self._together = [group for module in model.modules() for group in getattr(module, "together", ())]
+        members = {layer for group in self._together for layer in group.layers}
+        alone = [module for module in model.modules() if isinstance(module, Equalized) and module not in members]
+        self._users: list[Equalized | Together] = [*alone, *self._together]
+        self._layers = [layer for user in self._users for layer in _layers(user)]
         self._affines = [module for module in model.modules() if isinstance(module, StepAffines)]
         self._cache = ParameterCache()
         self._leaves: list[Tensor] | None = None
@@ -48,10 +52,11 @@ class EffectiveWeights:
             raise RuntimeError("HFlow.prepared: already inside such a block.")
         self._cache = ParameterCache()  # what was kept will not be asked for again
         affines = [module for module in self._affines if module.is_initialized]
-        parameters = self._parameters(self._equalized) + [p for module in affines for p in module.parameters()]
+        parameters = self._parameters() + [p for module in affines for p in module.parameters()]
         versions = [parameter._version for parameter in parameters]
         with torch.enable_grad():
-            outputs = [*_Scale.apply(*self._scaling()), *(t for folded in fold_to_latent(affines) for t in folded)]
+            outputs = [*self._joined(_Scale.apply(*self._scaling())),
+                       *(tensor for folded in fold_to_latent(affines) for tensor in folded)]
         leaves = [output.detach() for output in outputs]
         for leaf, needed in zip(leaves, self._gradients_needed(affines), strict=True):
             leaf.requires_grad_(needed)
@@ -97,40 +102,51 @@ class EffectiveWeights:
 
     @contextmanager
     def _kept(self) -> Iterator[None]:
-        parameters = self._parameters(self._equalized)
-        self._install(self._cache.get("scaled", parameters, lambda: _scaled(*self._scaling())), ())
+        scaled = self._cache.get("scaled", self._parameters(), lambda: self._joined(_scaled(*self._scaling())))
+        self._install(scaled, ())
         try:
             yield
         finally:
             self._remove()
 
     def _scaling(self) -> list[Any]:
-        scales = [scale for module in self._equalized for scale in (module.weight_scale, module.bias_scale)]
-        return [scales, *self._parameters(self._equalized)]
+        scales = [scale for layer in self._layers for scale in (layer.weight_scale, layer.bias_scale)]
+        return [scales, *self._parameters()]
+
+    def _joined(self, scaled: Sequence[Tensor]) -> list[Tensor]:
+        """Weight and bias of every user, one after the other, from those of every layer."""
+        pairs = iter(zip(scaled[::2], scaled[1::2]))
+        return [tensor for user in self._users for tensor in join([next(pairs) for _ in _layers(user)])]
 
     def _gradients_needed(self, affines: Sequence[StepAffines]) -> list[bool]:
-        needed = [parameter.requires_grad for parameter in self._parameters(self._equalized)]
+        needed = []
+        for user in self._users:
+            needed += [any(layer.weight.requires_grad for layer in _layers(user)),
+                       any(layer.bias.requires_grad for layer in _layers(user))]
         for module in affines:
             of_map = module.log_scale.requires_grad or module.matrix.requires_grad
             needed += [of_map, module.log_scale.requires_grad or module.bias.requires_grad, of_map]
         return needed
 
-    @staticmethod
-    def _parameters(modules: Sequence[nn.Module]) -> list[Tensor]:
-        return [parameter for module in modules for parameter in (module.weight, module.bias)]
+    def _parameters(self) -> list[Tensor]:
+        return [parameter for layer in self._layers for parameter in (layer.weight, layer.bias)]
 
     def _install(self, tensors: Sequence[Tensor], affines: Sequence[StepAffines]) -> None:
         values = iter(tensors)
-        for module in self._equalized:
-            module.__dict__["effective"] = next(values), next(values)
+        for user in self._users:
+            user.__dict__["effective"] = next(values), next(values)
         for module in affines:
             module.__dict__["folded"] = FoldedAffines(next(values), next(values), next(values))
 
     def _remove(self) -> None:
-        for module in self._equalized:
-            module.__dict__.pop("effective", None)
+        for user in self._users:
+            user.__dict__.pop("effective", None)
         for module in self._affines:
             module.__dict__.pop("folded", None)
+
+
+def _layers(user: Equalized | Together) -> Sequence[Equalized]:
+    return user.layers if isinstance(user, Together) else (user,)
 
 
 class _Scale(torch.autograd.Function):

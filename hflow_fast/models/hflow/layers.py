@@ -6,7 +6,7 @@ Shapes are (B, C, H, W) unless said otherwise.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from ... import ops
 from ...ops import bias_act
 
-__all__ = ["EqualConv2d", "EqualLinear", "Equalized", "downsample", "instance_norm", "merge_residual", "upsample"]
+__all__ = [
+    "EqualConv2d", "EqualLinear", "Equalized", "Together", "downsample", "instance_norm", "join", "merge_residual",
+    "upsample",
+]
 
 Activation = Literal["leaky_relu", "tanh", "linear"]
 
@@ -27,9 +30,10 @@ _GAIN = {"leaky_relu": _LEAKY_GAIN, "tanh": 5.0 / 3.0, "linear": 1.0}
 
 
 def _activate(x: Tensor, activation: Activation) -> Tensor:
+    """In place, on the fresh output of a convolution or product, which nothing else needs: half the memory."""
     if activation == "leaky_relu":
-        return F.leaky_relu(x, LEAKY_SLOPE)
-    return torch.tanh(x) if activation == "tanh" else x
+        return F.leaky_relu(x, LEAKY_SLOPE, inplace=True)
+    return torch.tanh_(x) if activation == "tanh" else x
 
 
 def _convolution_adds_bias(x: Tensor) -> bool:
@@ -59,11 +63,7 @@ class Equalized(nn.Module):
 
     def scaled(self) -> tuple[Tensor, Tensor]:
         """Weight and bias as they are used."""
-        effective = self.effective
-        # Another thread may sample while this one trains: what it installs has no way back to the parameters.
-        if effective and (effective[0].requires_grad or not torch.is_grad_enabled() or not self.weight.requires_grad):
-            return effective
-        return self.weight * self.weight_scale, self.bias * self.bias_scale
+        return usable(self) or (self.weight * self.weight_scale, self.bias * self.bias_scale)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in super().__getstate__().items() if name != "effective"}
@@ -91,16 +91,19 @@ class EqualConv2d(Equalized):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """The layer's output, merged with ``residual`` (see :func:`merge_residual`) if there is one."""
-        (weight, bias), padding = self.scaled(), self.weight.shape[-1] // 2
+        return self.apply_with(*self.scaled(), x, residual)
+
+    def apply_with(self, weight: Tensor, bias: Tensor, x: Tensor, residual: Tensor | None = None, *,
+                   groups: int = 1) -> Tensor:
+        """This layer's kind of convolution, with scaled weights that are given."""
+        padding = weight.shape[-1] // 2
         if _convolution_adds_bias(x):
-            x, bias = F.conv2d(x, weight, bias, padding=padding), None
-            # One pass each, as quick in plain torch.
-            if self.activation == "linear":
-                return x if residual is None else merge_residual(x, residual)
-            if self.activation == "leaky_relu" and residual is None:
-                return F.leaky_relu(x, LEAKY_SLOPE)
+            x = F.conv2d(x, weight, bias, padding=padding, groups=groups)
+            if residual is None:
+                return _activate(x, self.activation)
+            bias = None
         else:
-            x = F.conv2d(x, weight, padding=padding)
+            x = F.conv2d(x, weight, padding=padding, groups=groups)
         gain = 1.0 if residual is None else _MERGE_GAIN
         return bias_act(x, bias, residual, activation=self.activation, slope=LEAKY_SLOPE, gain=gain)
 
@@ -114,7 +117,56 @@ class EqualLinear(Equalized):
         super().__init__((out_features, in_features), gain, activation, lr_scale, zero_init)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _activate(F.linear(x, *self.scaled()), self.activation)
+        return self.apply_with(*self.scaled(), x)
+
+    def apply_with(self, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
+        """This layer's kind of linear map, with scaled weights that are given."""
+        return _activate(F.linear(x, weight, bias), self.activation)
+
+
+class Together:
+    """Layers alike in all but their weights and number of outputs, run as one; their outputs follow one another.
+
+    A module that has some keeps them in ``together``, where :class:`~.effective.EffectiveWeights` finds them.
+
+    Args:
+        own_inputs: each layer sees its own equal part of the input's channels, as if each were called on its own;
+            otherwise all see all of it.
+    """
+
+    effective: tuple[Tensor, Tensor] | None = None
+
+    def __init__(self, layers: Sequence[Equalized], own_inputs: bool = False) -> None:
+        self.layers = list(layers)
+        self.own_inputs = own_inputs
+
+    def __call__(self, x: Tensor, *residual: Tensor) -> Tensor:
+        weight, bias = usable(self) or join([layer.scaled() for layer in self.layers])
+        groups = {"groups": len(self.layers)} if self.own_inputs else {}
+        return self.layers[0].apply_with(weight, bias, x, *residual, **groups)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "effective"}
+
+
+def usable(layer: Equalized | Together) -> tuple[Tensor, Tensor] | None:
+    """The weights provided for ``layer``, if gradients that are wanted find their way back through them.
+
+    They do not where another thread samples while this one trains.
+    """
+    effective = layer.effective
+    if effective is None or effective[0].requires_grad or not torch.is_grad_enabled():
+        return effective
+    layers = layer.layers if isinstance(layer, Together) else [layer]
+    return None if any(member.weight.requires_grad for member in layers) else effective
+
+
+def join(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The weight and the bias of several layers as one."""
+    if len(pairs) == 1:
+        return pairs[0]
+    weights, biases = zip(*pairs)
+    return torch.cat(weights), torch.cat(biases)
 
 
 def instance_norm(x: Tensor) -> Tensor:
@@ -124,7 +176,7 @@ def instance_norm(x: Tensor) -> Tensor:
 
 def merge_residual(x: Tensor, y: Tensor) -> Tensor:
     """(x + y)/√2: the sum of two unit-variance tensors, at unit variance."""
-    return (x + y) * _MERGE_GAIN
+    return bias_act(x, None, y, gain=_MERGE_GAIN)
 
 
 def downsample(x: Tensor) -> Tensor:
