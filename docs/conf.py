@@ -7,6 +7,7 @@ which it fetches.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -75,7 +76,16 @@ def _shorten_signature(app, what, name, value, options, signature, annotation):
     return ("", None) if isinstance(value, type) and issubclass(value, Section) else None
 
 
+def _unlink_folders(app, page, text):
+    """Links to folders of the repository open on its web page; the site has the files only that are linked one by one."""
+    def shown(link):
+        return link[1] if (Path(app.srcdir) / link[2]).is_dir() else link[0]
+
+    text[0] = re.sub(r"\[([^\]]+)\]\((\.\.[^)#]*)\)", shown, text[0])
+
+
 def setup(app):
+    app.connect("source-read", _unlink_folders)
     app.connect("missing-reference", _leave_unlinked)
     app.connect("autodoc-process-docstring", _keep_colons, priority=400)  # before napoleon
     app.connect("autodoc-process-signature", _shorten_signature)

@@ -127,12 +127,16 @@ def _command_page() -> str:
 
 
 def _command_lines(command: click.Command, context: click.Context) -> Iterator[str]:
-    """A section per command, those of a group in the order of ``--help``."""
+    """A section per command, those of a group behind it, in the order of ``--help``."""
+    if command is not main:
+        yield from _section(command, context)
     if isinstance(command, click.Group):
         for name in command.list_commands(context):
             child = command.get_command(context, name)
             yield from _command_lines(child, click.Context(child, info_name=name, parent=context))
-        return
+
+
+def _section(command: click.Command, context: click.Context) -> Iterator[str]:
     path = context.command_path
     yield from [f".. _{path.replace(' ', '-')}:", "", path, "-" * len(path), "", "::", ""]
     yield f"   {path} {' '.join(command.collect_usage_pieces(context))}"

@@ -98,7 +98,6 @@ def _value(name: str) -> object:
 
 def _commands(group: click.Group, prefix: str = ""):
     for name, command in group.commands.items():
+        yield f"{prefix}{name}", command
         if isinstance(command, click.Group):
             yield from _commands(command, f"{prefix}{name} ")
-        else:
-            yield f"{prefix}{name}", command
