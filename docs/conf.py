@@ -66,7 +66,7 @@ def _leave_unlinked(app, environment, node, content):
 
 
 def _keep_colons(app, what, name, value, options, lines):
-    """Napoleon takes "a: b" for "type: text" in the first line of an attribute's docstring; ours give no types there."""
+    """Napoleon takes "a: b" in the first line of an attribute's docstring for "type: text"; ours have no types there."""
     if what in ("attribute", "data", "property"):
         lines[:0] = ["..", ""]  # a comment, now the first line
 
@@ -77,7 +77,8 @@ def _shorten_signature(app, what, name, value, options, signature, annotation):
 
 
 def _unlink_folders(app, page, text):
-    """Links to folders of the repository open on its web page; the site has the files only that are linked one by one."""
+    """Links to folders of the repository open on its web page; the site has only the files that are linked to."""
+
     def shown(link):
         return link[1] if (Path(app.srcdir) / link[2]).is_dir() else link[0]
 

@@ -77,7 +77,7 @@ def _room(module: str) -> str:
 
 
 def _room_of(value: object, offering: ModuleType) -> str:
-    """The room in which ``value`` is defined; that of the module offering it, where Python does not know or at the top."""
+    """The room in which ``value`` is defined; that of the offering module, where Python does not know or at the top."""
     home = getattr(value, "__module__", None) or ""
     if offering is hflow_fast or not home.startswith("hflow_fast."):
         return _room(offering.__name__)
@@ -121,8 +121,8 @@ def _kind(value: object) -> str:
 def _command_page() -> str:
     root = click.Context(main, info_name="hflow-fast")
     title = "Command line"
-    intro = ("``hflow-fast COMMAND``; ``python -m hflow_fast COMMAND`` is the same. What a user can cause is told in one "
-             "line, with exit code 2.")
+    intro = ("``hflow-fast COMMAND``; ``python -m hflow_fast COMMAND`` is the same. What a user can cause is told in "
+             "one line, with exit code 2.")
     return "\n".join([title, "=" * len(title), "", intro, "", *_command_lines(main, root)])
 
 

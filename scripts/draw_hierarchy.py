@@ -1,7 +1,7 @@
 """Draws docs/images/hierarchy.svg and level.svg: the model, and one of its levels, as docs/model.md explains them.
 
-Shapes, steps and noise are read from a model, so run this again when a preset changes; a test compares. The labels stand in
-the files' descriptions, too. ``--png`` writes PNGs, to look at.
+Shapes, steps and noise are read from a model, so run this again when a preset changes; a test compares. The labels
+stand in the files' descriptions, too. ``--png`` writes PNGs, to look at.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ class Sheet:
         style = dict(color=LINE, linewidth=1.2, linestyle=(0, (3.5, 2.5)) if dashed else "-", zorder=2)
         self.axes.plot(*zip(*points), solid_joinstyle="round", **style)
         if head:
-            self.axes.annotate("", points[-1], points[-2], arrowprops=dict(
-                arrowstyle="-|>,head_width=0.22,head_length=0.42", color=LINE, linewidth=0, shrinkA=0, shrinkB=0), zorder=2)
+            self.axes.annotate("", points[-1], points[-2], zorder=2, arrowprops=dict(
+                arrowstyle="-|>,head_width=0.22,head_length=0.42", color=LINE, linewidth=0, shrinkA=0, shrinkB=0))
 
     def save(self, path: Path) -> None:
         options = {"metadata": {"Date": None, "Description": " | ".join(self.labels)}} if path.suffix == ".svg" else {}
@@ -104,7 +104,8 @@ def draw_hierarchy(model: HFlow) -> Sheet:
     # Targets, flows, latents and terms: a row per level.
     for index, (spec, row) in enumerate(zip(specs, rows)):
         shape = _shape(spec.channels, spec.resolution)
-        sheet.box((targets, row), narrow, TARGET, "image × 4" if spec.is_finest else f"target $y_{{{spec.resolution}}}$", shape)
+        name = "image × 4" if spec.is_finest else f"target $y_{{{spec.resolution}}}$"
+        sheet.box((targets, row), narrow, TARGET, name, shape)
         sheet.box((flows, row), wide, FLOW, f"flow {spec.resolution}", f"{len(spec.steps)} steps")
         sheet.box((latents, row), narrow, LATENT, f"$z_{{{spec.resolution}}}$", shape)
         _term(sheet, (terms, row), spec.loss_weight, spec.flow_noise is not None)
@@ -113,7 +114,8 @@ def draw_hierarchy(model: HFlow) -> Sheet:
             sheet.label((targets + 0.74, row + 0.13), f"+ {spec.flow_noise:g} σ ε", size=8.5, ha="left")
     sheet.box((targets, code_row), narrow, TARGET, "code $y_1$", _shape(sum(code), 1))
     steps = " + ".join(str(len(flow.networks)) for flow in model.endblock.flows)
-    sheet.box((flows, code_row), (1.62, 0.86), FLOW, "endblock", f"{' | '.join(map(str, code))} channels\n{steps} steps")
+    sheet.box((flows, code_row), (1.62, 0.86), FLOW, "endblock",
+              f"{' | '.join(map(str, code))} channels\n{steps} steps")
     sheet.box((latents, code_row), narrow, LATENT, "$z_1$", _shape(sum(code), 1))
     _term(sheet, (terms, code_row), 1.0, True)
     sheet.arrow((targets + 0.65, code_row), (flows - 0.81, code_row), dashed=True)
@@ -127,7 +129,8 @@ def draw_hierarchy(model: HFlow) -> Sheet:
     for index, (level, gap) in enumerate(zip(model.levels, gaps)):
         features = level.encoder.features.weight.shape[0]
         size = level.spec.resolution // level.spec.ratio
-        sheet.box((encoders, gap), wide, ENCODER, f"encoder {level.spec.resolution}", f"features {_shape(features, size)}")
+        sheet.box((encoders, gap), wide, ENCODER, f"encoder {level.spec.resolution}",
+                  f"features {_shape(features, size)}")
         if level.spec.is_lowest:
             sheet.arrow((encoders, gap - 0.31), (encoders, code_gap + 0.31))
         else:
@@ -214,9 +217,9 @@ def draw_level(model: HFlow) -> Sheet:
         sheet.arrow((xs[left] + half[0], chain), (xs[right] - half[1], chain), dashed=left == "y")
     sheet.label((xs["dots"], chain), "…", size=14)
 
-    sheet.label((5.8, 0.55), "Each dotted frame is one read and one write of the flow variable, with its log-det.", size=9.5)
-    sheet.label((5.8, 0.25), f"StepAffines folds the {steps} actnorms and {steps} matrices into {steps + 1} pairs (W, b) "
-                "by one call of lu, which gives their log-det, too.", size=9.5)
+    sheet.label((5.8, 0.55), "Each dotted frame is one read and one write of the flow variable, with its log-det.")
+    sheet.label((5.8, 0.25), f"StepAffines folds the {steps} actnorms and {steps} matrices into {steps + 1} pairs "
+                "(W, b) by one call of lu, which gives their log-det, too.")
     return sheet
 
 

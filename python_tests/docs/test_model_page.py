@@ -39,14 +39,16 @@ def test_parameter_counts():
     rows += [[part, *(f"{counts[preset][part]:,}" for preset in order)] for part in PARTS]
     rows += [["all", *(f"{sum(counts[preset].values()):,}" for preset in order)]]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    assert table in (ROOT / "docs" / "model.md").read_text(), f"the table of parameters in docs/model.md should be\n{table}"
+    page = (ROOT / "docs" / "model.md").read_text()
+    assert table in page, f"the table of parameters in docs/model.md should be\n{table}"
 
 
 def _counts(model: HFlow) -> dict[str, int]:
     counts = dict.fromkeys(PARTS, 0)
     for name, parameter in model.named_parameters():
         path = re.sub(r"^levels\.\d+\.", "", name)
-        part, = (part for part, prefixes in PARTS.items() if path.startswith(tuple(f"{prefix}." for prefix in prefixes)))
+        part, = (part for part, prefixes in PARTS.items()
+                 if path.startswith(tuple(f"{prefix}." for prefix in prefixes)))
         counts[part] += parameter.numel()
     return counts
 
@@ -60,4 +62,5 @@ def test_figure_is_that_of_the_preset(name):
     spec.loader.exec_module(script)
     sheet = getattr(script, f"draw_{name}")(_model(script.PRESET))
     drawn = (ROOT / "docs" / "images" / f"{name}.svg").read_text()
-    assert f"<dc:description>{' | '.join(sheet.labels)}</dc:description>" in unescape(drawn), "run scripts/draw_hierarchy.py"
+    labels = " | ".join(sheet.labels)
+    assert f"<dc:description>{labels}</dc:description>" in unescape(drawn), "run scripts/draw_hierarchy.py"

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-QUOTED = re.findall(r"^```text\n(.*?)^```$", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE | re.DOTALL)
+PAGE = (ROOT / "docs" / "troubleshooting.md").read_text()
+QUOTED = re.findall(r"^```text\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 
 
 def _texts() -> str:
