@@ -55,6 +55,7 @@ def train(
     from ..models import HFlow
     from ..training import RunDirectory, Session, TrainConfig, Trainer, process_group
     from ..training.distributed import own_device
+    from ..training.fid import load_extractor
     from ..training.trainer import check_dataset, check_ranks
 
     with process_group(own_device(device)) as ranks, ExitStack() as stack:
@@ -73,6 +74,8 @@ def train(
             model = HFlow.from_config(settings)
             check_dataset(dataset, model.resolution, general)
             check_ranks(ranks.count, general)
+            if ranks.is_writer:
+                load_extractor(TrainConfig.from_config(settings), model.resolution, "cpu")
             run = RunDirectory(directory)
             if ranks.is_writer:
                 if not resume:
