@@ -18,10 +18,12 @@ __all__ = ["batch_size_option", "device_option", "ema_option", "new_file", "samp
 def _device(context: click.Context, parameter: click.Parameter, value: str) -> str:
     import torch
 
+    from ..training.distributed import own_device
+
     if value == "auto":
-        # torchrun starts one process per GPU and numbers them.
-        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        value = "cuda" if torch.cuda.is_available() else "cpu"
     try:
+        value = own_device(value)
         torch.empty(0, device=value)
     except (AssertionError, NotImplementedError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
@@ -39,7 +41,8 @@ def _threads(context: click.Context, parameter: click.Parameter, value: int | No
 def device_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """``--device``, given to the command as a usable device."""
     return click.option("--device", default="auto", callback=_device,
-                        help="cpu, cuda, cuda:1 …; auto takes the GPU if there is one.")(command)
+                        help="cpu, cuda, cuda:1 …; auto takes the GPU if there is one. "
+                        "Under torchrun, cuda is a GPU for each process.")(command)
 
 
 def threads_option(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -54,11 +54,10 @@ def train(
     from ..data import ImageDataset
     from ..models import HFlow
     from ..training import RunDirectory, Session, TrainConfig, Trainer, process_group
-    from ..training.distributed import own_device
     from ..training.fid import load_extractor
     from ..training.trainer import check_dataset, check_ranks
 
-    with process_group(own_device(device)) as ranks, ExitStack() as stack:
+    with process_group(device) as ranks, ExitStack() as stack:
         if directory is None and config is not None:
             directory = ranks.gather(_new_directory(config))[0]
         with ranks.together():  # all that can be wrong is found out before the run's folder is made
@@ -81,7 +80,7 @@ def train(
                 if not resume:
                     RunDirectory.create(directory, settings)
                 stack.enter_context(run.lock())
-            trainer = Trainer(model, dataset, run, settings, own_device(device), ranks)
+            trainer = Trainer(model, dataset, run, settings, device, ranks)
             if resume and ranks.is_writer:
                 run.write_config(settings)
             session = Session(trainer)

@@ -55,6 +55,16 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path: Path, make
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+def test_every_pass_has_noise_of_its_own(tmp_path: Path, make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(tmp_path / "run", BATCH_SIZE=1)
+    drawn: list[float] = []
+    loss = trainer.model.loss
+    trainer.model.loss = lambda x: (drawn.append(float(torch.rand(()))), loss(x))[1]
+    for _ in range(2):
+        trainer.step()
+    assert len(drawn) == 8 == len(set(drawn))
+
+
 def test_average_follows_exactly_in_epoch_0_and_slowly_later(tmp_path: Path, make_trainer: MakeTrainer) -> None:
     trainer = make_trainer(tmp_path / "run")  # 3 steps are an epoch
     for _ in range(3):
