@@ -37,7 +37,7 @@ def likelihood_bounds(
         images: a split of a dataset.
         indices: which of them, (N,), N ≥ 1; see :func:`hflow_fast.metrics.evaluation_indices`.
         batch_size: images per pass. HFlow's noise follows the spread of each batch, so the bound depends on it, by some
-            hundredths of a bit: compare numbers of equal batch size.
+            hundredths of a bit, and that of single images by a tenth: compare numbers of equal batch size.
         bits: of the pixel values.
         draws: K ≥ 1, of all noise.
         seed: of the noise, at least 0.

@@ -6,7 +6,9 @@ import runpy
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from torch import Tensor, nn
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -46,3 +48,27 @@ def test_encode_decode(example, run: Path, data: Path, tmp_path: Path, capsys: p
     example("encode_decode", run, data, tmp_path / "latents.safetensors", tmp_path / "round_trip.png")
     assert "images come back bit for bit" in capsys.readouterr().out
     assert size(tmp_path / "round_trip.png") == (8 * 98 + 2, 3 * 98 + 2)
+
+
+class Means(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        return nn.functional.avg_pool2d(images / 255.0, 8).flatten(1)
+
+
+def test_evaluate(
+    example, run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    torch.jit.save(torch.jit.script(Means()), tmp_path / "means.pt")
+    example("evaluate", run, data, tmp_path / "likely.png", "--n", 14, "--extractor", tmp_path / "means.pt")
+    output = capsys.readouterr().out
+    assert "bits/dim on 8 images" in output and "FID" in output
+    assert size(tmp_path / "likely.png")[1] == 2 * 98 + 2 and any((tmp_path / "cache").rglob("*.safetensors"))
+
+
+def test_studies(example, run: Path, data: Path, tmp_path: Path) -> None:
+    example("studies", run, data, tmp_path, "--pick", "1", "--draws", 2, "--frames", 3)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "study_randomize.png", "study_zero_finest.png", "study_zero_coarsest.png", "study_hold_coarse.png",
+        "study_hold_fine.png", "study_seeds.png", "study_walk.gif"}
