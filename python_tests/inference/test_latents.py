@@ -208,8 +208,8 @@ def test_damaged_files(model: HFlow, folder: Path, tmp_path: Path) -> None:
         decode_to_folder(model, short, tmp_path / "short")
     tensors = load_file(good)
     with safe_open(good, framework="pt") as file:
-        save_file({name: tensor for name, tensor in tensors.items() if name != "latent.1"}, tmp_path / "less.safetensors",
-                  file.metadata())
+        fewer = {name: tensor for name, tensor in tensors.items() if name != "latent.1"}
+        save_file(fewer, tmp_path / "less.safetensors", file.metadata())
     with pytest.raises(DatasetError, match="shapes"):
         decode_to_folder(model, tmp_path / "less.safetensors", tmp_path / "less")
 
