@@ -238,8 +238,8 @@ class HFlow(nn.Module):
         if len(factors) == count:
             factors.append(1.0)
         if len(factors) != count + 1 or not all(factor >= 0 for factor in factors):
-            raise ValueError(f"HFlow: std must be one number, {count} (one per level, finest first) or {count + 1} (the "
-                             f"endblock's last), none of them negative; got {std}.")
+            raise ValueError(f"HFlow: std must be one number, {count} (one per level, finest first) or {count + 1} "
+                             f"(the endblock's last), none of them negative; got {std}.")
         return [*(factor * level.spec.prior_std for factor, level in zip(factors, self.levels)), factors[-1]]
 
     @torch.no_grad()
