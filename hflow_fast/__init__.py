@@ -5,6 +5,7 @@
 - :mod:`hflow_fast.models`: complete models.
 - :mod:`hflow_fast.reference`: the meaning of every operation in plain torch.
 - :mod:`hflow_fast.inference`: samples, reconstructions and pictures from a trained model.
+- :mod:`hflow_fast.compat`: files of the original implementation, read without running anything in them.
 - :mod:`hflow_fast.testing`: property tests for flow layers, also of your own.
 """
 
@@ -18,7 +19,8 @@ from .errors import CheckpointError, ConfigError, DatasetError
 __version__ = "0.1.0"
 __all__ = ["CheckpointError", "ConfigError", "DatasetError", "__version__"]
 
-_SUBMODULES = ("configs", "data", "inference", "metrics", "models", "nn", "ops", "reference", "testing", "training")
+_SUBMODULES = ("compat", "configs", "data", "inference", "metrics", "models", "nn", "ops", "reference", "testing",
+               "training")
 
 
 def __getattr__(name: str) -> Any:

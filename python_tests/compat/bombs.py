@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import resource
 import sys
 import tempfile
 import time
+import zipfile
 from pathlib import Path
 from typing import Any, Callable
 
@@ -49,6 +51,13 @@ def tensor_file(elements: int, offset: int, size: tuple[int, ...], stride: tuple
     return _with_storage(pickled, 16, bytes(4 * 16))
 
 
+def _zip_bomb() -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(2**27))
+    return buffer.getvalue()
+
+
 def files() -> dict[str, tuple[bytes, str]]:
     """Files, and what is said about each one."""
     def one(elements: int) -> bytes:
@@ -77,6 +86,7 @@ def files() -> dict[str, tuple[bytes, str]]:
         "storage beyond integers": (around(one(2**70)), "something outside"),
         "expanded": (tensor_file(16, 0, (2**40,), (0,)), "does not fit its storage"),
         "one storage for many": (_with_storage(_network(shared), 2**20, bytes(2**22)), "claim more bytes than"),
+        "zip": (_zip_bomb(), "a zip"),
         "opcodes": (around(PROTOCOL_2 + b"}" * 1_100_000 + END), "far longer than that of any model"),
         "bytes": (around(PROTOCOL_2 + (_text("x" * 2**20) + b"0") * 40 + END), "the opcode POP"),
         "long": (around(PROTOCOL_2 + (_text("x" * 2**20)) * 40 + END), "far longer than that of any model"),
