@@ -77,8 +77,10 @@ def write_files(folder: Path, count: int, resolution: int) -> None:
         coarse = Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8))
         smooth = np.asarray(coarse.resize((resolution, resolution), Image.Resampling.BICUBIC), dtype=np.int16)
         noisy = smooth + random.integers(-3, 4, smooth.shape)
-        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(folder / f"{number}.png")
-    os.sync()
+        with open(folder / f"{number}.png", "wb") as file:
+            Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(file, "PNG")
+            file.flush()
+            os.fsync(file.fileno())  # what is not on the disk yet cannot be forgotten
 
 
 def forget(*files: Path) -> None:

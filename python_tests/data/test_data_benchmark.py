@@ -15,6 +15,7 @@ def test_every_reader_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     import loader
 
     monkeypatch.setattr(loader, "PACES", (None, 5000))
+    monkeypatch.setattr(loader, "PNG_FILES", 8)
     options = ["--images", "24", "--resolution", "8", "--images-per-step", "8", "--micro-batch", "4", "--seconds", "0"]
     for _ in range(2):
         loader.main([*options, "--folder", str(tmp_path), "--results", str(tmp_path / "results")])
