@@ -94,3 +94,18 @@ def test_another_dataset_cannot_go_on(tmp_path: Path, make_trainer: MakeTrainer,
     monkeypatch.setattr(ImageDataset, "fingerprint", "another")
     with pytest.raises(DatasetError, match="not the dataset this run was started with"):
         make_trainer(tmp_path / "run")
+
+
+def test_a_step_is_diagnosed_on_its_own_images_and_noise(
+    tmp_path: Path, make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(tmp_path / "run")
+    seen: list[torch.Tensor] = []
+    loss = trainer.model.loss
+    monkeypatch.setattr(trainer.model, "loss", lambda x: seen.append(x.clone()) or loss(x))
+    trainer.step()
+    trainer.step()
+    step, seen[:] = seen[2:], []
+    trainer.diagnose()
+    assert len(step) == len(seen) == 2
+    assert all(torch.equal(a, b) for a, b in zip(step, seen))
