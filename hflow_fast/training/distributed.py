@@ -160,10 +160,10 @@ def process_group(device: torch.device | str) -> Iterator[Ranks]:
     if count == 1:
         yield Ranks()
         return
-    backend = "cpu:gloo"
+    backend = "gloo"
     wanted = torch.device(device)
     if wanted.type == "cuda":
-        backend += ",cuda:nccl"
+        backend = "cpu:gloo,cuda:nccl"
         if wanted.index is not None:
             torch.cuda.set_device(wanted)
     try:

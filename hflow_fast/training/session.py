@@ -163,7 +163,7 @@ class Session:
     def _agree(self, flag: bool) -> bool:
         """Whether any process says so. Clocks and signals differ between processes, and all have to do the same.
 
-        At every step, then: the flag goes from CPU to CPU (about a tenth of a millisecond on one machine) and does not
+        At every step, then: the flag goes from CPU to CPU (some tenths of a millisecond on one machine) and does not
         wait for the device, which stays busy with what is queued.
         """
         return self._trainer.ranks.any(flag)
