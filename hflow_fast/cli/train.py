@@ -123,15 +123,14 @@ def _settings(config: str | None, directory: Path | None, resume: bool) -> dict[
 
 def _sharing(general: GeneralConfig, processes: int) -> str:
     """What there is to say about the number of processes."""
-    passes = general.samples_per_grad_eval // general.batch_size
-    if processes == 1:
-        return "" if general.num_gpus == 1 else (
-            f"; NUM_GPUS is {general.num_gpus}, but this is one process: "
-            f"torchrun --nproc-per-node {general.num_gpus} -m -- hflow_fast train … starts as many")
+    passes, wanted = general.samples_per_grad_eval // general.batch_size, general.num_gpus
+    text = f"; {processes} processes share the {passes} passes of a step" if processes > 1 else ""
     if passes % processes:
-        return (f"; {processes} processes share the {passes} passes of a step unequally, so some wait: "
-                f"{passes} is best divided by their number")
-    return f"; {processes} processes share the {passes} passes of a step"
+        text += f" unequally, so some wait: {passes} is best divided by their number"
+    if wanted not in (1, processes):  # 1 is what the presets say, for any number
+        text += (f"; NUM_GPUS is {wanted}, but the processes are {processes}, which gives the same gradients: "
+                 f"torchrun --nproc-per-node {wanted} -m hflow_fast train … starts as many")
+    return text
 
 
 def _new_directory(config: str) -> Path:

@@ -147,6 +147,15 @@ def test_another_configuration_file_takes_the_place_of_the_runs(data: Path, copy
     assert kept["BATCH_SIZE"] == 2 and kept["DATASET_PATH"] == str(data)
 
 
+def test_another_number_of_processes_than_the_configuration_names(copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    config["GENERAL"]["NUM_GPUS"] = 2
+    (copy / "config.json").write_text(json.dumps(config))
+    result = hflow_fast("train", "--run", copy, "--resume", "--steps", 3)
+    assert result.exit_code == 0
+    assert "NUM_GPUS is 2, but the processes are 1" in result.output and "torchrun --nproc-per-node 2" in result.output
+
+
 def test_what_cannot_change_is_refused_by_name(copy: Path, tmp_path: Path) -> None:
     before = (copy / "config.json").read_text()
     config = json.loads(before)
