@@ -51,7 +51,8 @@ for keep in ("coarse", "fine"):
 
 stds = [0.3, 0.5, 0.7, 1.0]
 samples = studies.seed_samples(model, range(6), stds)
-grid = studies.labelled_grid(samples, rows=[f"std {std}" for std in stds], columns=[f"seed {seed}" for seed in range(6)])
+grid = studies.labelled_grid(samples, rows=[f"std {std}" for std in stds],
+                             columns=[f"seed {seed}" for seed in range(6)])
 save_png(grid, arguments.out / "study_seeds.png")
 
 frames = studies.random_walk(model, frames=arguments.frames, count=2, std=0.5)

@@ -27,7 +27,7 @@ _FEW = 30
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--data", type=click.Path(path_type=Path), help="Dataset made by hflow-fast dataset.  "
               "[default: DATASET_PATH of the configuration]")
-@click.option("--split", type=click.Choice(["held_out", "train"]), default="held_out", help="Images for the likelihood.")
+@click.option("--split", type=click.Choice(["held_out", "train"]), default="held_out", help="For the likelihood.")
 @click.option("--n", "count", type=click.IntRange(min=1), help="Evaluate on a fixed random choice of this many.  "
               "[default: all]")
 @click.option("--draws", type=click.IntRange(min=1), default=1, help="Draws of the noise to average for each image.")
@@ -41,7 +41,7 @@ _FEW = 30
               "[default: FID_N_SAMPLES of the configuration]")
 @click.option("--fid-std", type=click.FloatRange(min=0), help="Standard deviation of the samples' latents.  "
               "[default: FID_GEN_STD of the configuration]")
-@click.option("--fid-split", type=click.Choice(["train", "held_out"]), default="train", help="Images for the FID.")
+@click.option("--fid-split", type=click.Choice(["train", "held_out"]), default="train", help="For the FID.")
 @click.option("--cache", type=click.Path(path_type=Path), help="Folder that keeps features of datasets.  "
               "[default: hflow_fast/features in the user's cache folder]")
 @click.option("--json", "record", type=click.Path(path_type=Path), callback=lambda context, parameter, value:
@@ -74,8 +74,8 @@ def evaluate(
         raise ConfigError("the configuration does not name a dataset; give it with --data.")
     dataset = ImageDataset.open(path)
     if dataset.resolution != model.resolution:
-        raise DatasetError(f"{path}: its images have {dataset.resolution} px, the model's {model.resolution} px; make a "
-                           f"dataset with --resolution {model.resolution}.")
+        raise DatasetError(f"{path}: its images have {dataset.resolution} px, the model's {model.resolution} px; make "
+                           f"a dataset with --resolution {model.resolution}.")
     batch_size = batch_size or settings.general.batch_size
     about = {"checkpoint": str(checkpoint), "data": str(path), "batch_size": batch_size, "seed": seed,
              "moving_average": ema}
@@ -92,8 +92,8 @@ def evaluate(
 
 
 def _likelihood(
-    model: nn.Module, dataset: ImageDataset, settings: TrainConfig, split: str, count: int | None, draws: int, seed: int,
-    batch_size: int,
+    model: nn.Module, dataset: ImageDataset, settings: TrainConfig, split: str, count: int | None, draws: int,
+    seed: int, batch_size: int,
 ) -> dict[str, Any]:
     from tqdm import tqdm
 
@@ -147,8 +147,8 @@ def _fid(
     with tqdm(unit=" images", desc="FID", disable=None) as bar:
         fid: Fid = fid_of_model(model, dataset, extractor, n=count, std=std, seed=seed, split=split,
                                 batch_size=batch_size, cache=cache or default_cache(), progress=bar.update)
-    click.echo(f"FID {fid.value:.3f}: {fid.generated} samples at std {std:g}, {fid.real} {split} images, {fid.features} "
-               "features")
+    click.echo(f"FID {fid.value:.3f}: {fid.generated} samples at std {std:g}, {fid.real} {split} images, "
+               f"{fid.features} features")
     if fid.caution:
         click.echo(fid.caution)
     return vars(fid) | {"std": std, "split": split, "extractor_sha256": extractor.key}

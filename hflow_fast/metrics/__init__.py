@@ -1,4 +1,4 @@
-"""What training and evaluation report: likelihoods in bits per dimension, baselines, means with their uncertainty, FID."""
+"""What training and evaluation report: likelihoods in bits per dimension with baselines and their uncertainty, FID."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ class FeatureCache:
             with replacing(path) as temporary:
                 save_file(dict(tensors), temporary, metadata=metadata)
         except (OSError, SafetensorError) as error:
-            warnings.warn(f"{path}: not written ({error}); the features will be computed again next time.", stacklevel=2)
+            warnings.warn(f"{path}: not written ({error}); they will be computed again.", stacklevel=2)
 
 
 def _text(origin: Mapping[str, str]) -> str:

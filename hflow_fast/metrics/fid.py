@@ -48,8 +48,8 @@ class Fid:
 
 
 def fid_of_model(
-    model: nn.Module, dataset: ImageDataset, extractor: FeatureExtractor, *, n: int, std: float | Sequence[float], seed: int = 0,
-    split: Literal["train", "held_out"] = "train", batch_size: int = 16,
+    model: nn.Module, dataset: ImageDataset, extractor: FeatureExtractor, *, n: int, std: float | Sequence[float],
+    seed: int = 0, split: Literal["train", "held_out"] = "train", batch_size: int = 16,
     cache: str | os.PathLike[str] | None = None, progress: Progress = lambda count: None,
 ) -> Fid:
     """The FID of a model's samples against a dataset.
@@ -71,11 +71,13 @@ def fid_of_model(
     Raises:
         DatasetError: the split is empty, or of another resolution than the model.
         CheckpointError: the extractor does not take the images.
-        ConfigError: torchmetrics is not installed.
+        ConfigError: fewer than two samples, or torchmetrics is not installed.
     """
+    if n < 2:
+        raise ConfigError(f"a FID needs at least 2 samples and should have thousands, not {n}; see FID_N_SAMPLES.")
     if dataset.resolution != model.resolution:
-        raise DatasetError(f"{dataset.path}: images of {dataset.resolution} × {dataset.resolution}, but the model makes "
-                           f"{model.resolution} × {model.resolution}; make a dataset of that resolution.")
+        raise DatasetError(f"{dataset.path}: images of {dataset.resolution} × {dataset.resolution}, but the model "
+                           f"makes {model.resolution} × {model.resolution}; make a dataset of that resolution.")
     images = dataset.train if split == "train" else dataset.held_out
     indices = evaluation_indices(len(images), n)
     kept = FeatureCache(cache) if cache is not None and extractor.key is not None else None

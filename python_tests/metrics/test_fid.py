@@ -136,7 +136,8 @@ def test_damaged_features_are_computed_again(
     model: TinyFlow, dataset: ImageDataset, tmp_path: Path, damage: str
 ) -> None:
     def value() -> float:
-        return fid_of_model(model, dataset, FeatureExtractor(Blocks(), key="k"), n=50, std=0.3, cache=tmp_path / "c").value
+        extractor = FeatureExtractor(Blocks(), key="k")
+        return fid_of_model(model, dataset, extractor, n=50, std=0.3, cache=tmp_path / "c").value
 
     expected = value()
     (file,) = (tmp_path / "c").iterdir()
@@ -210,13 +211,15 @@ def test_unfit_files_are_refused(tmp_path: Path, content: bytes | None) -> None:
         FeatureExtractor.load(file)
 
 
-def test_unfit_datasets_are_refused(model: TinyFlow, dataset: ImageDataset, tmp_path: Path) -> None:
+def test_unfit_datasets_and_numbers_are_refused(model: TinyFlow, dataset: ImageDataset, tmp_path: Path) -> None:
     large = make_dataset(tmp_path / "large", np.zeros((4, 16, 16, 3), np.uint8), [0])
     with pytest.raises(DatasetError, match=f"16 × 16.*{SIZE} × {SIZE}"):
         fid_of_model(model, large, FeatureExtractor(Blocks()), n=4, std=1)
     single = make_dataset(tmp_path / "single", np.zeros((4, SIZE, SIZE, 3), np.uint8), [0])
     with pytest.raises(DatasetError, match="1 images in held_out"):
         fid_of_model(model, single, FeatureExtractor(Blocks()), n=4, std=1, split="held_out")
+    with pytest.raises(ConfigError, match="at least 2 samples.*not 1; see FID_N_SAMPLES"):
+        fid_of_model(model, dataset, FeatureExtractor(Blocks()), n=1, std=1)
 
 
 def test_without_torchmetrics(monkeypatch: pytest.MonkeyPatch) -> None:
