@@ -3,11 +3,12 @@
 #   make demo        train a small model on real images: runs/demo/
 #   make cuda-check  compile every CUDA kernel, without a GPU
 #   make bench       our ops beside plain PyTorch and torch.compile: benchmarks/results, docs/benchmarks.md
+#   make docs        the documentation as a site: docs/_build/html
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help test demo cuda-check bench
+.PHONY: help test demo cuda-check bench docs
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -17,7 +18,7 @@ BIN := $(VENV)/bin
 export MAX_JOBS ?= $(shell nproc)
 
 help:
-	@sed -n '2,5s/^# *//p' Makefile
+	@sed -n '2,6s/^# *//p' Makefile
 
 # torch comes first: the extension is built against the installed one, and nothing later may replace it.
 $(VENV)/torch.stamp:
@@ -46,3 +47,6 @@ cuda-check: $(VENV)/install.stamp
 
 bench: $(VENV)/install.stamp
 	$(BIN)/python -m hflow_fast bench --device cpu --plot --markdown
+
+docs: $(VENV)/install.stamp
+	$(BIN)/python -m sphinx -W --keep-going docs docs/_build/html

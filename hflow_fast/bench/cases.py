@@ -189,6 +189,7 @@ OPS = {
         reads_raw=True,
     ),
 }  # fmt: skip
+"""How each operation is timed."""
 
 
 @dataclass(frozen=True)

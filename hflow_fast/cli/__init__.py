@@ -44,6 +44,5 @@ def main() -> None:
     """Hierarchical normalizing flows: datasets, training, what a trained model is used for, timings."""
 
 
-_COMMANDS = (bench, dataset, decode, encode, evaluate, import_command, info, interpolate, sample, study, train)
-for _command in _COMMANDS:
+for _command in (bench, dataset, decode, encode, evaluate, import_command, info, interpolate, sample, study, train):
     main.add_command(_command)

@@ -24,11 +24,12 @@ def _unwind(number: int, _: object) -> None:
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--resolution", type=click.IntRange(min=1), required=True, help="Side of the images in pixels.")
+@click.option("--name", help="Of the dataset inside an HDF5 file of the original, where it holds more than one.")
 @click.option("--held-out", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.05,
               help="Fraction held out, when the source has no folders that say it.")
 @click.option("--seed", type=int, default=0, help="Of the choice of held-out images.")
-def dataset(source: Path, out: Path, resolution: int, held_out: float, seed: int) -> None:
-    """Make the dataset OUT from the images of SOURCE, a zip or a folder.
+def dataset(source: Path, out: Path, resolution: int, name: str | None, held_out: float, seed: int) -> None:
+    """Make the dataset OUT from the images of SOURCE: a zip, a folder, or an HDF5 file of the original HFlow.
 
     Images of any common format become RGB (transparency on white), are cut to the central square and resized.
     With folders train/ and held_out/ (or test/, val/) in SOURCE, these are the split. Files that cannot be read are
@@ -38,7 +39,7 @@ def dataset(source: Path, out: Path, resolution: int, held_out: float, seed: int
 
     signal.signal(signal.SIGTERM, _unwind)
     already_there = os.path.lexists(out)
-    made = create_dataset(source, out, resolution, held_out=held_out, seed=seed, progress=True)
+    made = create_dataset(source, out, resolution, name=name, held_out=held_out, seed=seed, progress=True)
     skipped = made.manifest.skipped
     for item in skipped[:_SHOWN]:
         click.echo(f"skipped {item.name}: {item.reason}", err=True)

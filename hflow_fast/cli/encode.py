@@ -50,5 +50,6 @@ def encode(
     count = len(done.images)
     worst = max(done.images, key=lambda image: image.max_error)
     mean = sum(image.mean_error for image in done.images) / count
-    click.echo(f"{out}: latents of {count} images{files}. Decoded again, {sum(image.exact for image in done.images)} "
-               f"come back bit for bit; max error {worst.max_error:.2g} ({worst.name}), mean {mean:.2g} steps of 8 bits.")
+    exact = sum(image.exact for image in done.images)
+    click.echo(f"{out}: latents of {count} images{files}. Decoded again, {exact} come back bit for bit; "
+               f"max error {worst.max_error:.2g} ({worst.name}), mean {mean:.2g} steps of 8 bits.")

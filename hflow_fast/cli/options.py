@@ -89,8 +89,8 @@ class _Std(click.ParamType):
 def std_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """``--std``, given to the command as a number, several, or None; see :func:`sampling_std`."""
     return click.option("--std", type=_Std(), help="Standard deviation of the latents: smaller is cleaner, larger more "
-                        "varied. Or one per level, finest first: 0.5,0.7,0.8; a last one more is the endblock's, else 1."
-                        "  [default: SAMPLE_BASE_SIGMA of the configuration]")(command)
+                        "varied. Or one per level, finest first: 0.5,0.7,0.8; a last one more is the endblock's, else "
+                        "1.  [default: SAMPLE_BASE_SIGMA of the configuration]")(command)
 
 
 def sampling_std(

@@ -16,7 +16,8 @@ __all__ = ["sample"]
 @click.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--out", "directory", required=True, type=click.Path(path_type=Path), help="Folder for the images.")
-@click.option("--n", "count", type=click.IntRange(min=1), default=16, help="Number of images.")
+@click.option("--n", "--count", "count", type=click.IntRange(min=1), default=16,
+              help="Number of images. Under torchrun, which takes --n for its own, --count.")
 @std_option
 @seed_option
 @ema_option

@@ -1,15 +1,12 @@
-"""Making a dataset from a folder or a zip of images."""
+"""Making a dataset from a folder or a zip of images, or from an HDF5 file of the original."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import os
-import shutil
-import uuid
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Iterator
 
@@ -17,11 +14,13 @@ import numpy as np
 from tqdm import tqdm
 
 from ..errors import DatasetError
+from ._building import building
 from .dataset import ImageDataset, Manifest, Recipe, Skipped
-from .decode import decode_image
-from .sources import SourceFile, fingerprint, open_source, printable
+from .sources import SourceFile, SourceRow, fingerprint, open_source, printable
 
 __all__ = ["create_dataset"]
+
+Files = list[SourceFile] | list[SourceRow]
 
 _TRAIN = "train"
 _HELD_OUT = ("held_out", "test", "val")
@@ -33,23 +32,28 @@ def create_dataset(
     out: str | Path,
     resolution: int,
     *,
+    name: str | None = None,
     held_out: float = 0.05,
     seed: int = 0,
     progress: bool = False,
 ) -> ImageDataset:
-    """Makes a dataset from all images of a zip or a folder, as :func:`~hflow_fast.data.decode.decode_image` reads them.
+    """Makes a dataset from all images of a zip or a folder, as :func:`~hflow_fast.data.decode.decode_image` reads them,
+    or of an HDF5 file in the layout of the original HFlow.
 
     When the source has a folder ``train`` and one of ``held_out``, ``test``, ``val`` at the top (or inside the one
     folder that holds everything), these are the split and other files are skipped. Otherwise images are held out by a
     hash of their pixels and the seed, so that equal images are on the same side.
 
     Files that are not images, or damaged, are skipped and listed in ``manifest.skipped``. ``out`` appears when all is
-    done, and an existing one is never touched. Memory does not grow with the images, only with the list of their names.
+    done, and an existing one is never touched. Until then there are ``.<out>.tmp`` and ``.<out>.lock`` beside it; what a
+    killed process left of them is removed by the next one. Memory does not grow with the images, only with the list of
+    their names.
 
     Args:
-        source: a zip or a folder.
+        source: a zip, a folder or an HDF5 file.
         out: the folder to make.
         resolution: side of the square images in pixels, at least 1.
+        name: of the dataset inside an HDF5 file, where it holds more than one.
         held_out: fraction of distinct images to hold out, in (0, 1); at least one is.
         seed: of that choice.
         progress: show a bar when the standard error is a terminal.
@@ -58,7 +62,8 @@ def create_dataset(
         The dataset; the one that is there already if it was made from the same source in the same way.
 
     Raises:
-        DatasetError: the source cannot be read or has no usable image, ``out`` exists, or the disk is full.
+        DatasetError: the source cannot be read or has no usable image, ``out`` exists or is being made by another
+            process, or the disk is full.
         ValueError: a parameter outside its range.
     """
     source, out = Path(source), Path(out)
@@ -69,7 +74,7 @@ def create_dataset(
     if out.resolve().is_relative_to(source.resolve()):
         raise DatasetError(f"{out}: lies inside the source {source}; choose a place outside it.")
 
-    with open_source(source) as files:
+    with open_source(source, name) as files:
         folders = _split_folders(files)
         recipe = Recipe(
             source_fingerprint=fingerprint(files),
@@ -80,7 +85,9 @@ def create_dataset(
         )
         if os.path.lexists(out):
             return _existing(out, recipe)
-        with _appearing(out) as folder:
+        with building(out) as folder:
+            if os.path.lexists(out):  # another process was quicker
+                return _existing(out, recipe)
             _write(folder, source, files, folders, recipe, progress)
     return ImageDataset.open(out)
 
@@ -103,24 +110,8 @@ def _existing(out: Path, recipe: Recipe) -> ImageDataset:
     return dataset
 
 
-@contextmanager
-def _appearing(out: Path) -> Iterator[Path]:
-    """A temporary sibling of ``out`` that takes its name on success and is removed on failure."""
-    temporary = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.tmp"
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
-        yield temporary
-        temporary.rename(out)
-    except OSError as error:
-        raise DatasetError(f"{out}: cannot be written ({error.strerror or error}); nothing is left behind. "
-                           "Check the free space and the permissions there.") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def _write(
-    folder: Path, source: Path, files: list[SourceFile], folders: dict[str, bool | None], recipe: Recipe, progress: bool
+    folder: Path, source: Path, files: Files, folders: dict[str, bool | None], recipe: Recipe, progress: bool
 ) -> None:
     names: list[str] = []
     skipped: list[Skipped] = []
@@ -158,15 +149,15 @@ def _write(
 
 
 def _decoded(
-    files: list[SourceFile], folders: dict[str, bool | None], resolution: int, progress: bool
-) -> Iterator[tuple[SourceFile, np.ndarray | str]]:
+    files: Files, folders: dict[str, bool | None], resolution: int, progress: bool
+) -> Iterator[tuple[SourceFile | SourceRow, np.ndarray | str]]:
     """Every file with its pixels, or with the reason why it has none, in order and a few at a time."""
 
-    def decode(file: SourceFile) -> np.ndarray | str:
+    def decode(file: SourceFile | SourceRow) -> np.ndarray | str:
         if folders and folders[file.name] is None:
             return f"in neither {_TRAIN}/ nor {'/, '.join(_HELD_OUT)}/"
         try:
-            return decode_image(file.read(), resolution)
+            return file.pixels(resolution)
         except Exception as error:  # zip members and decoders fail in many ways, none of which may end the run
             return str(error) or type(error).__name__
 
@@ -183,7 +174,7 @@ def _decoded(
                 bar.update()
 
 
-def _split_folders(files: list[SourceFile]) -> dict[str, bool | None]:
+def _split_folders(files: Files) -> dict[str, bool | None]:
     """For each name whether it is held out by its folder, None if it is in neither; empty if folders say nothing."""
     paths = {file.name: PurePosixPath(file.name).parts for file in files}
     wrapped = len({parts[0] for parts in paths.values()}) == 1

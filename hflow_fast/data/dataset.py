@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import os
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from ..errors import DatasetError
+from .hdf5 import is_hdf5
 
 __all__ = ["ImageDataset", "Images", "Manifest", "Recipe", "Skipped"]
 
@@ -64,10 +68,12 @@ class Images:
     ``images[i]`` is a uint8 tensor (3, R, R); a slice, a list or a tensor of N indices gives (N, 3, R, R).
     """
 
-    def __init__(self, pixels: np.ndarray, positions: np.ndarray, names: list[str]) -> None:
+    def __init__(self, pixels: np.memmap, positions: np.ndarray, names: list[str]) -> None:
         self._pixels = pixels
         self._positions = positions
         self._names = names
+        self._file = _open_for_rows(pixels.filename)
+        weakref.finalize(self, os.close, self._file)
 
     def __len__(self) -> int:
         return len(self._positions)
@@ -77,6 +83,36 @@ class Images:
             index = index.cpu().numpy()
         chosen = self._pixels[self._positions[index]]
         return torch.from_numpy(np.moveaxis(chosen, -1, -3).copy())
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one image as stored, (R, R, 3)."""
+        return self._pixels.shape[1:]
+
+    def read_into(self, index: np.ndarray, out: np.ndarray) -> None:
+        """Reads images from the file and not through the memory map, without holding up other threads.
+
+        The disk is told of all images before it is asked for the first, so that one whose pages are not in memory is
+        read many times faster than by page faults, and an image that cannot be read is an error, where touching the
+        map ends the process.
+
+        Args:
+            index: (N,), int64, at least 0.
+            out: (N, R, R, 3), uint8, contiguous; its content is replaced.
+
+        Raises:
+            DatasetError: an image cannot be read.
+        """
+        size = math.prod(self.shape)
+        offsets = (self._pixels.offset + self._positions[index] * size).tolist()
+        try:
+            for offset in offsets:
+                os.posix_fadvise(self._file, offset, size, os.POSIX_FADV_WILLNEED)
+            for offset, image in zip(offsets, out):
+                if os.preadv(self._file, [image], offset) != size:
+                    raise _damaged(Path(self._pixels.filename), "it has become shorter")
+        except OSError as error:
+            raise DatasetError(f"{self._pixels.filename}: cannot be read ({error.strerror}).") from error
 
     @property
     def names(self) -> list[str]:
@@ -138,6 +174,9 @@ class ImageDataset:
 
 def _read_manifest(path: Path) -> Manifest:
     file = path / "dataset.json"
+    if is_hdf5(path):
+        raise DatasetError(f"{path}: an HDF5 file has no held-out images and no random access; convert it once with "
+                           f"hflow-fast dataset {path} OUT --resolution R and give OUT.")
     if not file.is_file():
         what = "not a dataset, dataset.json is missing" if path.exists() else "no such dataset"
         raise DatasetError(f"{path}: {what}; make one with hflow-fast dataset SOURCE OUT --resolution R.")
@@ -166,6 +205,12 @@ def _map_pixels(file: Path, manifest: Manifest) -> np.ndarray:
     if pixels.shape != expected or pixels.dtype != np.uint8:
         raise _damaged(file, f"it holds {pixels.dtype} {pixels.shape}, dataset.json says uint8 {expected}")
     return pixels
+
+
+def _open_for_rows(file: str | Path) -> int:
+    descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # what lies behind an image is not the next one
+    return descriptor
 
 
 def _damaged(file: Path, reason: str) -> DatasetError:

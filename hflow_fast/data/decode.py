@@ -7,7 +7,7 @@ import io
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-__all__ = ["decode_image"]
+__all__ = ["decode_image", "fit_square"]
 
 _MAX_PIXELS = 10**8
 """Larger ones are taken for decompression bombs."""
@@ -35,11 +35,27 @@ def decode_image(data: bytes, resolution: int) -> np.ndarray:
         with Image.open(io.BytesIO(data)) as image:
             if image.width * image.height > _MAX_PIXELS:
                 raise ValueError(f"{image.width} × {image.height} pixels are too many for one picture")
-            return _square(_rgb(ImageOps.exif_transpose(image)), resolution)
+            return fit_square(_rgb(ImageOps.exif_transpose(image)), resolution)
     except UnidentifiedImageError:
         raise ValueError("not an image that Pillow can read") from None
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         raise ValueError(str(error) or type(error).__name__) from error
+
+
+def fit_square(image: Image.Image, resolution: int) -> np.ndarray:
+    """Centre crop to a square, Lanczos to the resolution; an image of the right size keeps its pixels.
+
+    Args:
+        image: RGB.
+        resolution: side R of the result in pixels.
+
+    Returns:
+        (R, R, 3), uint8, RGB.
+    """
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    square = image.crop((left, top, left + side, top + side))
+    return np.array(square.resize((resolution, resolution), Image.Resampling.LANCZOS))
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -56,10 +72,3 @@ def _rgb(image: Image.Image) -> Image.Image:
         page.alpha_composite(image)
         image = page
     return image.convert("RGB")
-
-
-def _square(image: Image.Image, resolution: int) -> np.ndarray:
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    square = image.crop((left, top, left + side, top + side))
-    return np.array(square.resize((resolution, resolution), Image.Resampling.LANCZOS))

@@ -6,7 +6,8 @@ from .identity import model_fingerprint
 from .images import image_grid, save_png
 from .inputs import ImageSet, open_images, read_image
 from .interpolation import interpolate, latents_of, mix, there_and_back
-from .latents import Encoded, LatentFiles, RoundTrip, decode_to_folder, encode_to_file
+from .latent_files import LatentFiles
+from .latents import Encoded, RoundTrip, decode_to_folder, encode_to_file
 from .reconstruction import reconstruct
 from .sampling import draw_latents, draw_samples, write_samples
 from .video import check_video_path, save_video

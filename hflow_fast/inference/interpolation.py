@@ -123,8 +123,7 @@ def _lerp_weights(a: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
 
 def _slerp_weights(a: Tensor, b: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
     unit_a, unit_b = (nn.functional.normalize(x.flatten(1).double(), dim=1) for x in (a, b))
-    # Half the angle by its tangent is exact for small angles too, where the cosine is not.
-    angle = 2 * torch.atan2((unit_a - unit_b).norm(dim=1), (unit_a + unit_b).norm(dim=1))
+    angle = (unit_a * unit_b).sum(dim=1).clamp(-1, 1).acos()
     sine = angle.sin()
     return tuple(torch.where(sine > _SMALLEST_SINE, (share * angle).sin() / sine, straight)
                  for share, straight in zip((1 - fraction, fraction), _lerp_weights(a, fraction)))

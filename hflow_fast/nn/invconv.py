@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..ops import conv1x1, lu
 from ._cache import ParameterCache
 from ._inversion import invert
-from .skew_exponential import skew_exponential
+from .skew_exponential import Squarings, skew_exponential
 
 __all__ = ["InvConv1x1", "per_sample"]
 
@@ -51,6 +51,7 @@ class InvConv1x1(nn.Module):
             self.weight = nn.Parameter(rotation)
         elif parametrization == "orthogonal":
             self.generator = nn.Parameter(torch.randn(channels, channels))
+            self._squarings = Squarings()
         else:
             permutation, lower, upper = torch.linalg.lu(rotation)
             diagonal = upper.diagonal()
@@ -81,7 +82,7 @@ class InvConv1x1(nn.Module):
         if self.parametrization == "full":
             return self.weight, lu(self.weight)[0].reshape(())
         if self.parametrization == "orthogonal":
-            return skew_exponential(self.generator), self.generator.new_zeros(())
+            return skew_exponential(self.generator, self._squarings), self.generator.new_zeros(())
         identity = torch.eye(self.channels, dtype=self.lower.dtype, device=self.lower.device)
         lower = self.lower.tril(-1) + identity
         upper = self.upper.triu(1) + torch.diag(self.sign * self.log_diagonal.exp())

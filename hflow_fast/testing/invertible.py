@@ -50,9 +50,9 @@ def assert_invertible(
         dtype: What to test in; the module, x and context are converted.
         seeds: Of weights and data.
         randomized: False tests the weights as they are.
-        tolerance: Largest |difference| / (1 + |expected|). By default the limit follows from rounding: each parameter
-            and input, moved by one rounding of ``dtype``, moves the results in float64 by so much; plain torch stays
-            within 4 times the largest such effect, and the limit is twice that
+        tolerance: Largest ``|difference| / (1 + |expected|)``. By default the limit follows from rounding: each
+            parameter and input, moved by one rounding of ``dtype``, moves the results in float64 by so much; plain
+            torch stays within 4 times the largest such effect, and the limit is twice that
             (``hflow_fast/testing/_tolerance.py`` has the details).
 
     Raises:

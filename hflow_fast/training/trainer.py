@@ -12,7 +12,7 @@ from typing import Any, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from ..data import Batches, ImageDataset, dequantize
+from ..data import Batches, ImageDataset, Loader, dequantize
 from ..errors import CheckpointError, ConfigError, DatasetError
 from ..nn import initialize_locally
 from .changes import check_changes
@@ -33,12 +33,14 @@ _INITIAL_BATCHES = 16  # batches of images behind the data-dependent initialisat
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step; 0-dimensional tensors on the device."""
+    """One optimizer step; tensors are 0-dimensional, on the device."""
 
     loss: Tensor
     gradient_norm: Tensor
     skipped: Tensor
     """Whether the loss or the gradient was not finite, so that nothing was changed."""
+    data_seconds: float
+    """How long it waited for images."""
 
 
 class Trainer:
@@ -90,7 +92,8 @@ class Trainer:
         self.steps_per_epoch = len(dataset.train) // general.samples_per_grad_eval
         self._raw_config = config
         self._optimizer = build_optimizer(self.model.parameter_groups(), general)
-        self._batches = Batches(len(dataset.train), general.samples_per_grad_eval, seed=general.seed)
+        batches = Batches(len(dataset.train), general.samples_per_grad_eval, seed=general.seed)
+        self._loader = Loader(dataset.train, batches, general.batch_size, device=device, share=self.ranks.share)
         if checkpoint_files(run.checkpoint.parent):
             self._restore()
 
@@ -123,16 +126,19 @@ class Trainer:
         epoch = self.epoch
         set_epoch(self._optimizer, epoch, general)
         self.model.train()
-        self._parts = next(self._batches).split(general.batch_size)
+        waited = self._loader.seconds
+        images = next(self._loader)
+        waited = self._loader.seconds - waited
         loss = torch.zeros((), device=self.device)
-        for part_loss in self._passes(self.step_count, self.ranks.share(len(self._parts))):
+        numbers = self.ranks.share(len(self._loader.parts))
+        for part_loss in self._passes(self.step_count, zip(numbers, images)):
             part_loss.backward()
             loss += part_loss.detach()
         self._add_up_over_ranks(loss)
         norm, skipped = clip_and_step(self._optimizer, loss, general.grad_clip)
         update_average(self.average, self.model, 1.0 if epoch == 0 else general.ema_weight, skipped)
         self.step_count += 1
-        return StepResult(loss, norm, skipped)
+        return StepResult(loss, norm, skipped, waited)
 
     def diagnose(self) -> str:
         """Repeats the last step, which was skipped, and says where the first value arises that is not finite.
@@ -140,7 +146,8 @@ class Trainer:
         All its passes run in this process alone.
         """
         self.model.train()
-        return diagnose(self.model, self._passes(self.step_count - 1, range(len(self._parts))))
+        parts = ((number, self.dataset.train[part]) for number, part in enumerate(self._loader.parts))
+        return diagnose(self.model, self._passes(self.step_count - 1, parts))
 
     def save(self, notes: Mapping[str, Any] = MappingProxyType({}), *, best: bool = False) -> None:
         """Replaces the run's latest checkpoint, and keeps its predecessors as KEEP_CHECKPOINTS says.
@@ -178,18 +185,17 @@ class Trainer:
             "dataset": self.dataset.fingerprint,
             "session": self.session_state,
             "optimizer": self._optimizer.state_dict(),
-            "batches": self._batches.state_dict(),
+            "batches": self._loader.state_dict(),
         }
         save_checkpoint(self.run.checkpoint, self._raw_config, self.model, self.average, training,
                         {"step": self.step_count, **notes})
 
-    def _passes(self, step: int, numbers: Iterable[int]) -> Iterator[Tensor]:
-        """The losses of passes over the last images, each divided by how many make up the step."""
-        for number in numbers:
+    def _passes(self, step: int, parts: Iterable[tuple[int, Tensor]]) -> Iterator[Tensor]:
+        """The losses of passes over images, numbered within the step, each divided by how many make up the step."""
+        for number, images in parts:
             # The noise of a pass is the same whichever process has it, and whatever came before.
             seed_generators(self.device, self.config.general.seed, Use.STEP, step, number)
-            images = self.dataset.train[self._parts[number]]
-            yield self.model.loss(self._dequantize(images)).mean() / len(self._parts)
+            yield self.model.loss(self._dequantize(images)).mean() / len(self._loader.parts)
 
     def _restore(self) -> None:
         checkpoint = read_checkpoint(self.run.path, "model", "average", "training")
@@ -203,7 +209,7 @@ class Trainer:
         load_weights(self.model, checkpoint.model, checkpoint.path)
         load_weights(self.average, checkpoint.average, checkpoint.path)
         self._optimizer.load_state_dict(training["optimizer"])
-        self._batches.load_state_dict(training["batches"])
+        self._loader.load_state_dict(training["batches"])
         self.step_count, self.seconds = training["step"], training["seconds"]
         self.session_state = training.get("session", {})
         self.resumed_from, self.notes = checkpoint.path, checkpoint.notes
@@ -234,8 +240,6 @@ class Trainer:
 
     def _dequantize(self, images: Tensor) -> Tensor:
         general = self.config.general
-        if self.device.type == "cuda":
-            images = images.pin_memory().to(self.device, non_blocking=True)
         return dequantize(images.to(self.device), bits=general.discretization_bits,
                           noise_std=general.added_noise_std, flip=general.horizontal_flips)
 

@@ -29,11 +29,13 @@ class Window:
         self._skipped += result.skipped
         self._row = torch.where(result.skipped, self._row + 1, 0.0)
         self._norm = result.gradient_norm
+        self._waited += result.data_seconds
 
     def read(self, images_per_step: int) -> dict[str, float]:
         loss, skipped, row, norm = torch.stack([self._loss, self._skipped, self._row, self._norm]).tolist()
         self.skipped_in_a_row = int(row)
         values: dict[str, float] = {"skipped_steps": int(skipped)}
+        values["data_seconds"] = self._waited / self.steps  # a step's wait for images
         if self._timed_steps:
             self._rate = self._timed_steps * images_per_step / (time.monotonic() - self._start)
             values["images_per_second"] = self._rate
@@ -52,6 +54,7 @@ class Window:
 
     def _restart(self) -> None:
         self.steps = 0
+        self._waited = 0.0
         self.restart_clock()
         self._loss = torch.zeros_like(self._row)
         self._skipped = torch.zeros_like(self._row)

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from torch.distributed.run import parse_args
 
 from .conftest import hflow_fast
 from .test_train import assert_one_line_error
@@ -64,7 +65,9 @@ def test_processes_of_torchrun(run: Path, tmp_path: Path, monkeypatch: pytest.Mo
     images = sample(run, tmp_path / "one")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    result = hflow_fast("sample", run, "--out", tmp_path / "two", "--n", 3)
+    words = ["sample", str(run), "--out", str(tmp_path / "two"), "--count", "3"]
+    assert parse_args(["--nproc-per-node", "2", "-m", "hflow_fast", *words]).training_script_args == words
+    result = hflow_fast(*words)
     assert result.exit_code == 0 and "2 images drawn by process 1 of 2, 3 in all" in result.output
     assert not (tmp_path / "two" / "grid.png").exists()
     monkeypatch.setenv("RANK", "0")

@@ -6,13 +6,13 @@ import os
 import signal
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
 from hflow_fast.cli import main
-from hflow_fast.data import create as create_module
 
 
 @pytest.fixture
@@ -36,6 +36,19 @@ def test_make_then_find_again(run):
     assert (first.exit_code, first.stdout) == (0, "out: made, 4 training and 1 held-out images of 4 × 4\n")
     again = run("images", "out", "--resolution", "4")
     assert (again.exit_code, again.stdout) == (0, "out: already there, 4 training and 1 held-out images of 4 × 4\n")
+
+
+def test_a_file_of_the_original(run):
+    with h5py.File("old.hdf5", "w") as file:
+        for seed, name in enumerate(("birds", "faces")):
+            pixels = np.random.default_rng(seed).integers(0, 256, (6, 4, 4, 3), dtype=np.uint8)
+            file.create_group(name)["X_DATA"] = pixels
+    result = run("old.hdf5", "out", "--resolution", "4", "--name", "faces")
+    assert (result.exit_code, result.stdout) == (0, "out: made, 5 training and 1 held-out images of 4 × 4\n")
+    np.testing.assert_array_equal(np.load("out/images.npy"), pixels)
+    result = run("old.hdf5", "another", "--resolution", "4")
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1] == "Error: old.hdf5: it holds birds, faces; choose one with --name."
 
 
 def test_skipped_files_are_listed(run):
@@ -72,6 +85,6 @@ def test_a_request_to_end_leaves_nothing_behind(run, monkeypatch: pytest.MonkeyP
         os.kill(os.getpid(), signal.SIGTERM)
         raise ValueError("skipped")
 
-    monkeypatch.setattr(create_module, "decode_image", end)
+    monkeypatch.setattr("hflow_fast.data.sources.decode_image", end)
     assert run("images", "out", "--resolution", "4").exit_code == 128 + signal.SIGTERM
     assert os.listdir() == ["images"]

@@ -8,6 +8,8 @@ import os
 import resource
 import shutil
 import signal
+import struct
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -144,6 +146,36 @@ def test_a_member_too_large_to_be_a_picture_is_not_even_read(tmp_path: Path, mon
     assert "too many" in dataset.manifest.skipped[0].reason
 
 
+def test_a_member_that_is_larger_than_it_claims(tmp_path: Path):
+    source = tmp_path / "s.zip"
+    with zipfile.ZipFile(source, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("0.png", png(0))
+        archive.writestr("1.png", png(1))
+        archive.writestr("bomb.png", bytes(2**25))
+    claim = struct.pack("<I", 2**25)
+    data = source.read_bytes()
+    assert data.count(claim) == 2
+    source.write_bytes(data.replace(claim, struct.pack("<I", 1000)))
+    tracemalloc.start()
+    try:
+        dataset = create_dataset(source, tmp_path / "o", 4)
+        assert tracemalloc.get_traced_memory()[1] < 2**23
+    finally:
+        tracemalloc.stop()
+    assert [item.name for item in dataset.manifest.skipped] == ["bomb.png"]
+
+
+def test_an_encrypted_member_is_skipped(tmp_path: Path):
+    source = write_zip(tmp_path / "s.zip", {"0.png": png(0), "1.png": png(1), "secret.png": png(2)})
+    data = bytearray(source.read_bytes())
+    for header, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        data[data.rindex(header) + flags] |= 1
+    source.write_bytes(data)
+    dataset = create_dataset(source, tmp_path / "o", 4)
+    assert [item.name for item in dataset.manifest.skipped] == ["secret.png"]
+    assert "encrypted" in dataset.manifest.skipped[0].reason
+
+
 def test_names_that_are_not_utf8(tmp_path: Path):
     source = write_folder(tmp_path / "s", {"0.png": png(0), "1.png": png(1)})
     os.rename(source / "0.png", os.fsencode(source) + b"/\xff.png")
@@ -188,7 +220,7 @@ def test_parameters_outside_their_range(tmp_path: Path, source: Path, options: d
 
 def test_the_second_run_finds_its_dataset(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch):
     first = create_dataset(source, tmp_path / "o", 4)
-    monkeypatch.setattr(create_module, "decode_image", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr("hflow_fast.data.sources.decode_image", lambda *_: pytest.fail("decoded again"))
     assert create_dataset(source, tmp_path / "o", 4).fingerprint == first.fingerprint
 
 

@@ -40,11 +40,14 @@ def test_png_modes(mode: str):
 
 @pytest.mark.parametrize(
     ("mode", "form"),
-    [("RGB", "BMP"), ("RGB", "WEBP"), ("RGB", "TIFF"), ("CMYK", "TIFF"), ("RGB", "PPM"), ("RGB", "TGA")],
+    [("RGB", "BMP"), ("RGB", "WEBP"), ("RGB", "TIFF"), ("CMYK", "TIFF"), ("RGB", "PPM"), ("RGB", "TGA"), ("P", "GIF"),
+     ("P", "PNG"), ("P", "PCX"), ("RGB", "SGI"), ("RGB", "DDS"), ("RGB", "JPEG2000")],
 )
 def test_colours_survive_every_format(mode: str, form: str):
     options = {"lossless": True} if form == "WEBP" else {}
-    pixels = decode_image(encode(Image.new("RGB", (6, 6), RED).convert(mode), form, **options), 4)
+    image = Image.new("RGB", (6, 6), RED)
+    image = image.quantize(2) if mode == "P" else image.convert(mode)
+    pixels = decode_image(encode(image, form, **options), 4)
     np.testing.assert_array_equal(pixels, np.broadcast_to(RED, (4, 4, 3)))
 
 
@@ -70,6 +73,36 @@ def test_transparent_colour_of_a_palette():
     assert (decode_image(encode(image, transparency=1), 4) == 255).all()
 
 
+def test_a_palette_with_an_opacity_per_colour():
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([*RED, *BLUE])
+    pixels = decode_image(encode(image, transparency=bytes([255, 128])), 4)
+    assert np.abs(pixels - (np.asarray(BLUE) * (128 / 255) + 127)).max() <= 1
+
+
+def test_grey_with_transparency():
+    pixels = decode_image(encode(Image.new("LA", (4, 4), (30, 128))), 4)
+    assert np.abs(pixels - (30 * (128 / 255) + 127)).max() <= 1
+
+
+def test_video_colours_are_converted():
+    pixels = decode_image(encode(Image.new("RGB", (4, 4), RED).convert("YCbCr"), "TIFF"), 4)
+    assert np.abs(pixels - np.asarray(RED)).max() <= 2
+
+
+def test_sixteen_bit_colours_are_scaled_to_eight():
+    values = np.array([[[0, 65535, 128 * 257], [257, 514, 771]]], dtype=">u2")
+    rows = b"".join(b"\0" + row.tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    np.testing.assert_array_equal(decode_image(data, 1)[0, 0], [0, 255, 128])
+
+
+def test_sixteen_bit_grey_of_either_byte_order():
+    image = Image.frombytes("I;16B", (1, 1), struct.pack(">H", 128 * 257))
+    assert (decode_image(encode(image, "TIFF"), 1) == 128).all()
+
+
 def test_sixteen_bit_grey_is_scaled_to_eight():
     values = np.array([[0, 200], [128 * 257, 65535]], dtype=np.uint16)
     pixels = decode_image(encode(Image.fromarray(values)), 2)
@@ -87,12 +120,21 @@ def test_of_an_animation_the_first_frame_is_taken(form: str):
     np.testing.assert_array_equal(decode_image(data, 4)[0, 0], RED)
 
 
-def test_exif_orientation_is_applied():
+ORIENTATIONS = {
+    1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud, 5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: np.rot90(a, -1), 7: lambda a: np.rot90(a, 2).swapaxes(0, 1), 8: np.rot90,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+@pytest.mark.parametrize("form", ["PNG", "WEBP", "TIFF"])
+def test_exif_orientation_is_applied(orientation: int, form: str):
     pixels = np.random.default_rng(0).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be shown turned by 90° clockwise
-    turned = decode_image(encode(Image.fromarray(pixels), exif=exif), 4)
-    np.testing.assert_array_equal(turned, np.rot90(pixels, -1))
+    exif[0x0112] = orientation
+    options = {"lossless": True} if form == "WEBP" else {}
+    shown = decode_image(encode(Image.fromarray(pixels), form, exif=exif, **options), 4)
+    np.testing.assert_array_equal(shown, ORIENTATIONS[orientation](pixels))
 
 
 def test_one_pixel_fills_the_square():
@@ -101,11 +143,13 @@ def test_one_pixel_fills_the_square():
     np.testing.assert_array_equal(decode_image(encode(grey), 2), np.full((2, 2, 3), 7))
 
 
+def chunk(kind: bytes, content: bytes) -> bytes:
+    """A piece of a PNG file."""
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
 def huge_png() -> bytes:
     """A few bytes that claim 12,000 × 12,000 pixels."""
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", 12_000, 12_000, 8, 0, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 

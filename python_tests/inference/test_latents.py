@@ -189,10 +189,18 @@ def test_damaged_files(model: HFlow, folder: Path, tmp_path: Path) -> None:
                         (tmp_path / "none", "no such file"), (folder, "no such file")):
         with pytest.raises(DatasetError, match=words):
             LatentFiles(path)
-    for content in ("[", "[]", '{"files": ["../good.safetensors"]}', "{}"):
+    for content in ("[", "[]", '{"files": ["good.safetensors"]}', "{}"):
         index.write_text(content)
         with pytest.raises(DatasetError, match="index"):
             LatentFiles(index)
+    known = {"format": "hflow_fast latents", "version": "1"}
+    index.write_text(json.dumps(known | {"files": ["good.safetensors"]}))
+    assert len(LatentFiles(index)) == 5
+    elsewhere = tmp_path / "elsewhere" / index.name
+    elsewhere.parent.mkdir()
+    elsewhere.write_text(json.dumps(known | {"files": ["../good.safetensors"]}))
+    with pytest.raises(DatasetError, match="elsewhere/good.safetensors"):
+        LatentFiles(elsewhere)
 
     short = broken("short")
     rewrite(short, names='["one"]')
@@ -200,8 +208,8 @@ def test_damaged_files(model: HFlow, folder: Path, tmp_path: Path) -> None:
         decode_to_folder(model, short, tmp_path / "short")
     tensors = load_file(good)
     with safe_open(good, framework="pt") as file:
-        save_file({name: tensor for name, tensor in tensors.items() if name != "latent.1"}, tmp_path / "less.safetensors",
-                  file.metadata())
+        fewer = {name: tensor for name, tensor in tensors.items() if name != "latent.1"}
+        save_file(fewer, tmp_path / "less.safetensors", file.metadata())
     with pytest.raises(DatasetError, match="shapes"):
         decode_to_folder(model, tmp_path / "less.safetensors", tmp_path / "less")
 

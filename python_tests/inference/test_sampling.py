@@ -81,7 +81,7 @@ def test_files_go_on_where_they_stopped(model: HFlow, tmp_path: Path, monkeypatc
     assert contents(torn) == contents(whole)
     assert write_samples(model, torn, 9, std=0.8, seed=2) == 0
     assert write_samples(model, torn, 11, std=[0.8, 0.8], seed=2) == 2
-    assert contents(torn).items() >= {name: data for name, data in contents(whole).items() if name != "grid.png"}.items()
+    assert all(contents(torn)[name] == data for name, data in contents(whole).items() if name != "grid.png")
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])

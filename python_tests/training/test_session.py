@@ -4,6 +4,7 @@ import io
 import json
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any, Callable
 
@@ -14,6 +15,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
+from hflow_fast.data import loader as loader_module
 from hflow_fast.errors import CheckpointError, ConfigError
 from hflow_fast.training import Session, Trainer, TrainingError, read_checkpoint, read_metrics
 from hflow_fast.training import session as session_module
@@ -43,6 +45,17 @@ def test_a_run_leaves_its_record(tmp_path: Path, make_trainer: MakeTrainer) -> N
     assert saved_step(trainer) == 5
     for folder in (trainer.run.samples, trainer.run.reconstructions):
         assert Image.open(folder / "step_00000005.png").mode == "RGB"
+
+
+def test_the_wait_for_images_is_recorded(
+    tmp_path: Path, make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = loader_module._read
+    monkeypatch.setattr(loader_module, "_read", lambda *arguments: time.sleep(0.1) or read(*arguments))
+    trainer = make_trainer(tmp_path / "run", STEPS=3)
+    Session(trainer).run()
+    first, *_ = (record for record in read_metrics(trainer.run.metrics) if "loss" in record)
+    assert 0.1 <= first["data_seconds"] < first["seconds"]
 
 
 def test_training_lowers_the_loss(tmp_path: Path, make_trainer: MakeTrainer) -> None:

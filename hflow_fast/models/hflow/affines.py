@@ -6,7 +6,7 @@ From image to latent a step is actnorm → coupling → 1 × 1 convolution, so b
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from ...nn._cache import ParameterCache
 from ...nn._data_init import DataInitialized, channel_statistics
 from ...nn._inversion import invert
-from ...nn.skew_exponential import skew_exponential
-from ...ops import lu
+from ...nn.skew_exponential import Squarings, skew_exponential
+from ...ops import lu_many
 
-__all__ = ["FoldedAffines", "StepAffines"]
+__all__ = ["FoldedAffines", "StepAffines", "fold_to_latent"]
 
 _AFTER = (0, 0, 0, 1)  # F.pad: one more step behind the others
 
@@ -45,6 +45,9 @@ class StepAffines(DataInitialized):
         data_init: whether :meth:`initialize_step` applies; otherwise actnorms start as the identity.
     """
 
+    folded: FoldedAffines | None = None
+    """The maps for x → z, while :class:`~.effective.EffectiveWeights` provides them."""
+
     def __init__(self, steps: int, channels: int, parametrization: Literal["full", "orthogonal"], gain: float,
                  data_init: bool) -> None:
         super().__init__(data_init)
@@ -55,6 +58,7 @@ class StepAffines(DataInitialized):
         matrix = torch.randn(steps, channels, channels)
         self.matrix = nn.Parameter((torch.linalg.qr(matrix)[0] if parametrization == "full" else matrix) / gain)
         self._cache = ParameterCache()
+        self._squarings = Squarings()
 
     @torch.no_grad()
     def initialize_step(self, step: int, x: Tensor) -> None:
@@ -63,23 +67,15 @@ class StepAffines(DataInitialized):
 
     def matrices(self) -> Tensor:
         """The convolutions' matrices, x → z, (L, C, C)."""
-        return self._matrices()[0]
+        return _matrices([self])[0][0]
 
     def to_latent(self) -> FoldedAffines:
         """The maps for x → z: first actnorm; then each convolution with the actnorm after it; last convolution."""
-        return self._cache.get("latent", list(self.parameters()), self._fold_to_latent)
+        return self.folded or self._cache.get("latent", list(self.parameters()), lambda: fold_to_latent([self])[0])
 
     def to_data(self) -> FoldedAffines:
         """The maps for z → x: last inverse convolution; each actnorm with the convolution before it; first actnorm."""
         return self._cache.get("data", list(self.parameters()), self._fold_to_data)
-
-    def _fold_to_latent(self) -> FoldedAffines:
-        matrices, log_det = self._matrices()
-        scale = torch.exp(-self.log_scale)
-        shift = -self.bias * scale
-        # Rows of [1, M_0, M_1, …] are scaled by the actnorm that follows; after the last matrix there is none.
-        weights = torch.cat([_identity(matrices), matrices]) * F.pad(scale, _AFTER, value=1.0)[:, :, None]
-        return FoldedAffines(weights, F.pad(shift, _AFTER), log_det - self.log_scale.sum())
 
     def _fold_to_data(self) -> FoldedAffines:
         # What is inverted is exactly what the other direction multiplies by, roundings and all.
@@ -89,13 +85,33 @@ class StepAffines(DataInitialized):
         dtype = torch.promote_types(weights.dtype, torch.float32)
         return FoldedAffines(inverses.flip(0).to(dtype), biases.flip(0).to(dtype), -log_det)
 
-    def _matrices(self) -> tuple[Tensor, Tensor]:
-        """The convolutions' matrices (L, C, C), and the sum of log|det| (0-dim)."""
-        if self.parametrization == "orthogonal":
-            matrices = skew_exponential(self.matrix * self.gain)
-            return matrices, matrices.new_zeros(())
-        matrices = self.matrix * self.gain
-        return matrices, lu(matrices)[0].sum()
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in super().__getstate__().items() if name != "folded"}
+
+
+def fold_to_latent(chains: Sequence[StepAffines]) -> list[FoldedAffines]:
+    """The maps for x → z of several chains of steps; all their log-dets in one launch."""
+    return [_fold(chain, *pair) for chain, pair in zip(chains, _matrices(chains))]
+
+
+def _fold(chain: StepAffines, matrices: Tensor, log_det: Tensor) -> FoldedAffines:
+    scale = torch.exp(-chain.log_scale)
+    shift = -chain.bias * scale
+    # Rows of [1, M_0, M_1, …] are scaled by the actnorm that follows; after the last matrix there is none.
+    weights = torch.cat([_identity(matrices), matrices]) * F.pad(scale, _AFTER, value=1.0)[:, :, None]
+    return FoldedAffines(weights, F.pad(shift, _AFTER), log_det - chain.log_scale.sum())
+
+
+def _matrices(chains: Sequence[StepAffines]) -> list[tuple[Tensor, Tensor]]:
+    """The convolutions' matrices (L, C, C) of each chain, and the sum of their log|det| (0-dim)."""
+    matrices = [chain.matrix * chain.gain for chain in chains]
+    full = [index for index, chain in enumerate(chains) if chain.parametrization == "full"]
+    log_dets = dict(zip(full, (log_dets.sum() for log_dets, _ in lu_many([matrices[index] for index in full]))))
+    for index, chain in enumerate(chains):
+        if chain.parametrization == "orthogonal":
+            matrices[index] = skew_exponential(matrices[index], chain._squarings)
+            log_dets[index] = matrices[index].new_zeros(())
+    return [(matrix, log_dets[index]) for index, matrix in enumerate(matrices)]
 
 
 def _identity(like: Tensor) -> Tensor:

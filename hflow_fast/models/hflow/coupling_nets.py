@@ -1,12 +1,14 @@
 """The networks inside HFlow's couplings: passive half (and the decoder's context) → raw scale and shift.
 
-Each returns (B, 2C, …): C channels of scale, then C of shift, unclipped and unmasked; the coupling clips them and
-ignores what lies outside its active set. The input is masked here, times √2 because half of it is zero.
+Each takes x and its own embedding of the context (:class:`ContextEmbeddings`), and returns (B, 2C, …): C channels of scale, then C
+of shift, unclipped and unmasked; the coupling clips them and ignores what lies outside its active set. The input is
+masked here, times √2 because half of it is zero.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +16,9 @@ from torch import Tensor, nn
 
 from ...ops import active_mask
 from .architecture import StepSpec
-from .layers import EqualConv2d, EqualLinear, downsample, instance_norm, upsample
+from .layers import EqualConv2d, EqualLinear, Together, downsample, instance_norm, upsample
 
-__all__ = ["PlainCouplingNet", "PoolingCouplingNet", "VectorCouplingNet"]
+__all__ = ["ContextEmbeddings", "PlainCouplingNet", "PoolingCouplingNet", "VectorCouplingNet"]
 
 _SMALLEST_BINOMIAL = 4  # below 8 pixels, resampling keeps the corners instead (align_corners)
 
@@ -34,11 +36,15 @@ class _CouplingNet(nn.Module):
 
 
 class VectorCouplingNet(nn.Module):
-    """For the endblock, one pixel: (B, C, 1, 1), context (B, K, 1, 1) or none → (B, 2C, 1, 1)."""
+    """For the endblock, one pixel: (B, C, 1, 1), context (B, K) or none → (B, 2C, 1, 1)."""
+
+    passive: Tensor
 
     def __init__(self, channels: int, hidden: int, context_channels: int | None) -> None:
         super().__init__()
-        self.passive_channels = channels // 2
+        # √2 where the coupling leaves its input unchanged, as below.
+        passive = math.sqrt(2.0) * (torch.arange(channels) < channels // 2)
+        self.register_buffer("passive", passive, persistent=False)
         if context_channels is None:
             self.input = EqualLinear(channels, channels, activation="tanh")
         else:
@@ -51,13 +57,11 @@ class VectorCouplingNet(nn.Module):
                                    EqualLinear(hidden // 2, channels, activation="linear"))
 
     def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
-        x = x.flatten(1)
-        passive = F.pad(x[:, : self.passive_channels] * math.sqrt(2.0), (0, x.shape[1] - self.passive_channels))
+        passive = x.flatten(1) * self.passive
         if context is None:
             x = self.input(passive)
         else:
-            context = context.flatten(1)
-            x = self.input(torch.cat([passive, context + self.context(context)], dim=1))
+            x = self.input(torch.cat([passive, context], dim=1))
         scale, shift = self.hidden(x).chunk(2, dim=1)
         return torch.cat([self.scale(scale), self.shift(shift)], dim=1)[..., None, None]
 
@@ -77,7 +81,7 @@ class PlainCouplingNet(_CouplingNet):
                                    EqualConv2d(hidden // 2, channels, 1, activation="linear"))
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        x = self.input(torch.cat([x * self.passive, context + self.context(context)], dim=1))
+        x = self.input(torch.cat([x * self.passive, context], dim=1))
         scale, shift = self.hidden(instance_norm(x)).chunk(2, dim=1)
         return torch.cat([self.scale(scale), self.shift(shift)], dim=1)
 
@@ -108,7 +112,7 @@ class PoolingCouplingNet(_CouplingNet):
         x = x * self.passive
         if self.spec.flip is not None:
             x = x.flip(self.spec.flip)
-        x = self.before(self.input(torch.cat([x, self.context(context)], dim=1)))
+        x = self.before(self.input(torch.cat([x, context], dim=1)))
         skips = []
         for block in self.down:
             skips.append(x)
@@ -122,6 +126,34 @@ class PoolingCouplingNet(_CouplingNet):
             x = block(x, skips.pop())
         scale, shift = self.after(x).chunk(2, dim=1)
         return torch.cat([self.scale(scale), self.shift(shift)], dim=1)
+
+
+class ContextEmbeddings:
+    """What each network sees of the context (B, K, H, W): its own layer of it, all of one kind in one convolution.
+
+    A plain network's has a skip connection; a pooling network's has half the channels.
+    """
+
+    def __init__(self, networks: Sequence[nn.Module]) -> None:
+        self.count = len(networks)
+        self.groups: dict[type[nn.Module], tuple[list[int], Together]] = {}
+        for kind in dict.fromkeys(map(type, networks)):
+            indices = [index for index, network in enumerate(networks)
+                       if type(network) is kind and hasattr(network, "context")]
+            if indices:
+                self.groups[kind] = indices, Together([networks[index].context for index in indices])
+
+    def __call__(self, context: Tensor | None) -> list[Tensor | None]:
+        """One embedding per network; None for networks without context."""
+        embedded: list[Tensor | None] = [None] * self.count
+        for kind, (indices, layers) in self.groups.items():
+            given = context.flatten(1) if kind is VectorCouplingNet else context
+            parts = layers(given).unflatten(1, (len(indices), -1))
+            if kind is not PoolingCouplingNet:
+                parts = parts + given[:, None]
+            for index, part in zip(indices, parts.unbind(1)):
+                embedded[index] = part
+        return embedded
 
 
 class _DenseBlock(nn.Module):

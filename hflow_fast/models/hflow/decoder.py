@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from .architecture import LevelSpec
 from .config import EndblockConfig
-from .layers import EqualConv2d, EqualLinear, instance_norm, merge_residual, upsample
+from .layers import EqualConv2d, EqualLinear, Together, instance_norm, merge_residual, upsample
 from .noise import batch_std
-from .unet import UNet
+from .unet import ParallelUNets, UNet
 
 __all__ = ["CodeDecoder", "Decoded", "LevelDecoder"]
 
@@ -61,6 +61,8 @@ class LevelDecoder(nn.Module):
         self.normalize_between = decoder.normalize
         self.start = _AffineHead(spec)
         self.end = _AffineHead(spec)
+        self._heads = _AffineHeads([self.start, self.end])
+        self.together = self._heads.together
 
     def perturb(self, target: Tensor) -> Tensor:
         """The target with the noise that this decoder is trained to be robust to."""
@@ -74,7 +76,7 @@ class LevelDecoder(nn.Module):
             if index and self.normalize_between:
                 x = instance_norm(x)
             x = block(x, style)
-        return Decoded(self.start(x), self.end(x), x)
+        return Decoded(*self._heads(x), x)
 
 
 class _Refinement(nn.Module):
@@ -130,7 +132,10 @@ class _Doubling(nn.Module):
 
 
 class _AffineHead(nn.Module):
-    """Features (B, hidden, R, R) → raw (B, 2C, R, R): scale, zero at the start, then shift."""
+    """The layers from features (B, hidden, R, R) to raw (B, 2C, R, R): scale, zero at the start, then shift.
+
+    :class:`_AffineHeads` runs them, two heads at once.
+    """
 
     def __init__(self, spec: LevelSpec) -> None:
         super().__init__()
@@ -144,8 +149,22 @@ class _AffineHead(nn.Module):
             EqualConv2d(hidden, channels, 3, lr_scale=lr_scale),
             EqualConv2d(channels, channels, 1, activation="linear", lr_scale=lr_scale, zero_init=True))
 
-    def forward(self, x: Tensor) -> Tensor:
+
+class _AffineHeads:
+    """Heads on the same features, each step of all of them in one convolution."""
+
+    def __init__(self, heads: Sequence[_AffineHead]) -> None:
+        self.count = len(heads)
+        self.shift = Together([head.shift for head in heads])
+        self.unet = None if heads[0].unet is None else ParallelUNets([head.unet for head in heads])
+        self.scale = [Together([head.scale[0] for head in heads]),
+                      Together([head.scale[1] for head in heads], own_inputs=True)]
+        self.together = [self.shift, *self.scale, *(self.unet.together if self.unet else ())]
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
         shift = self.shift(x)
         if self.unet is not None:
             shift = merge_residual(self.unet(shift), shift)
-        return torch.cat([self.scale(x), shift], dim=1)
+        first, second = self.scale
+        scale = second(first(x))
+        return [torch.cat(pair, dim=1) for pair in zip(scale.chunk(self.count, dim=1), shift.chunk(self.count, dim=1))]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ...ops import CouplingSpec, actnorm, conv1x1, coupling, flow_step
 from .affines import StepAffines
 from .architecture import SCALE_CLAMP
+from .coupling_nets import ContextEmbeddings
 
 __all__ = ["ConditionalFlow"]
 
@@ -24,7 +25,8 @@ class ConditionalFlow(nn.Module):
 
     Args:
         specs: what each coupling transforms, from image to latent.
-        networks: its network, ``(x, context) → raw`` of twice the channels.
+        networks: its network, ``(x, embedded context) → raw`` of twice the channels; see
+            :class:`~.coupling_nets.ContextEmbeddings`.
         affines: the channel maps between them.
     """
 
@@ -33,6 +35,8 @@ class ConditionalFlow(nn.Module):
         self.specs = tuple(specs)
         self.networks = nn.ModuleList(networks)
         self.affines = affines
+        self._embed = ContextEmbeddings(self.networks)
+        self.together = [layers for _, layers in self._embed.groups.values()]
 
     def forward(self, x: Tensor, context: Tensor | None, start: Tensor | None = None,
                 end: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -49,50 +53,56 @@ class ConditionalFlow(nn.Module):
         if self.training and not self.affines.is_initialized:
             self._initialize(x, context, start)
         maps = self.affines.to_latent()
-        x, log_det = _affine_then_map(x, start, maps.weights[0], maps.biases[0], inverse=True)
-        for index, network in enumerate(self.networks):
-            x, term = flow_step(x, network(x, context), maps.weights[index + 1], maps.biases[index + 1],
-                                self.specs[index], inverse=True)
-            log_det = log_det + term
+        contexts = self._embed(context)
+        # Split at once, so that the gradients of all steps are put together in one pass.
+        (weight, *weights), (bias, *biases) = maps.weights.unbind(), maps.biases.unbind()
+        x, *terms = _affine_then_map(x, start, weight, bias, inverse=True)
+        for network, spec, own_context, weight, bias in zip(self.networks, self.specs, contexts, weights, biases):
+            x, term = flow_step(x, network(x, own_context), weight, bias, spec, inverse=True)
+            terms.append(term)
         if end is not None:
             x, term = coupling(x, end, DENSE_AFFINE, inverse=True)
-            log_det = log_det + term
-        return x, log_det + maps.log_det * _pixels(x)
+            terms.append(term)
+        return x, _sum(terms, maps.log_det, x)
 
     def inverse(self, z: Tensor, context: Tensor | None, start: Tensor | None = None,
                 end: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Latent → data; arguments as :meth:`forward`. Returns x and log|det ∂x/∂z|."""
         maps = self.affines.to_data()
-        x, log_det = _affine_then_map(z, end, maps.weights[0], maps.biases[0], inverse=False)
-        for place, index in enumerate(reversed(range(len(self.networks))), start=1):
-            x, term = flow_step(x, self.networks[index](x, context), maps.weights[place], maps.biases[place],
-                                self.specs[index])
-            log_det = log_det + term
+        contexts = self._embed(context)
+        (weight, *weights), (bias, *biases) = maps.weights.unbind(), maps.biases.unbind()
+        x, *terms = _affine_then_map(z, end, weight, bias, inverse=False)
+        steps = reversed(list(zip(self.networks, self.specs, contexts)))
+        for (network, spec, own_context), weight, bias in zip(steps, weights, biases):
+            x, term = flow_step(x, network(x, own_context), weight, bias, spec)
+            terms.append(term)
         if start is not None:
             x, term = coupling(x, start, DENSE_AFFINE)
-            log_det = log_det + term
-        return x, log_det + maps.log_det * _pixels(x)
+            terms.append(term)
+        return x, _sum(terms, maps.log_det, x)
 
     @torch.no_grad()
     def _initialize(self, x: Tensor, context: Tensor | None, start: Tensor | None) -> None:
         """Walks the chain once, setting each actnorm from the data that reaches it."""
         if start is not None:
             x, _ = coupling(x, start, DENSE_AFFINE, inverse=True)
-        affines, matrices = self.affines, self.affines.matrices()
+        affines, matrices, contexts = self.affines, self.affines.matrices(), self._embed(context)
         for index, network in enumerate(self.networks):
             affines.initialize_step(index, x)
             x, _ = actnorm(x, affines.log_scale[index], affines.bias[index], inverse=True)
-            x, _ = coupling(x, network(x, context), self.specs[index], inverse=True)
+            x, _ = coupling(x, network(x, contexts[index]), self.specs[index], inverse=True)
             x = conv1x1(x, matrices[index])
         self.affines.finish_initialization()
 
 
 def _affine_then_map(x: Tensor, raw: Tensor | None, weight: Tensor, bias: Tensor, *,
-                     inverse: bool) -> tuple[Tensor, Tensor]:
+                     inverse: bool) -> tuple[Tensor, ...]:
+    """The result and, if there is a dense affine map, its log-det."""
     if raw is None:
-        return conv1x1(x, weight, bias), x.new_zeros(x.shape[0])
+        return (conv1x1(x, weight, bias),)
     return flow_step(x, raw, weight, bias, DENSE_AFFINE, inverse=inverse)
 
 
-def _pixels(x: Tensor) -> int:
-    return x.shape[-2] * x.shape[-1]
+def _sum(terms: list[Tensor], per_pixel: Tensor, x: Tensor) -> Tensor:
+    """The log-dets of the couplings, (B,) each, and that of the channel maps for every pixel."""
+    return torch.stack(terms).sum(dim=0) + per_pixel * (x.shape[-2] * x.shape[-1])

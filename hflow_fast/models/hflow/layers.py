@@ -6,7 +6,7 @@ Shapes are (B, C, H, W) unless said otherwise.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from ... import ops
 from ...ops import bias_act
 
-__all__ = ["EqualConv2d", "EqualLinear", "downsample", "instance_norm", "merge_residual", "upsample"]
+__all__ = [
+    "EqualConv2d", "EqualLinear", "Equalized", "Together", "downsample", "instance_norm", "join", "merge_residual",
+    "upsample",
+]
 
 Activation = Literal["leaky_relu", "tanh", "linear"]
 
@@ -27,9 +30,10 @@ _GAIN = {"leaky_relu": _LEAKY_GAIN, "tanh": 5.0 / 3.0, "linear": 1.0}
 
 
 def _activate(x: Tensor, activation: Activation) -> Tensor:
+    """In place, on the fresh output of a convolution or product, which nothing else needs: half the memory."""
     if activation == "leaky_relu":
-        return F.leaky_relu(x, LEAKY_SLOPE)
-    return torch.tanh(x) if activation == "tanh" else x
+        return F.leaky_relu(x, LEAKY_SLOPE, inplace=True)
+    return torch.tanh_(x) if activation == "tanh" else x
 
 
 def _convolution_adds_bias(x: Tensor) -> bool:
@@ -37,12 +41,15 @@ def _convolution_adds_bias(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
-class _Equalized(nn.Module):
+class Equalized(nn.Module):
     """Parameters stored as N(0, 1)/lr_scale and multiplied at run time by He's gain and ``lr_scale``.
 
     So every weight moves at the same relative rate under Adam, ``lr_scale`` times faster where asked
     (Karras et al., "Progressive Growing of GANs", ICLR 2018, §4.1).
     """
+
+    effective: tuple[Tensor, Tensor] | None = None
+    """Scaled weight and bias, while :class:`~.effective.EffectiveWeights` provides them."""
 
     def __init__(self, shape: tuple[int, ...], gain: float, activation: Activation, lr_scale: float,
                  zero_init: bool) -> None:
@@ -54,11 +61,18 @@ class _Equalized(nn.Module):
         self.weight = nn.Parameter(weight)
         self.bias = nn.Parameter(torch.zeros(shape[0]))
 
+    def scaled(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias as they are used."""
+        return usable(self) or (self.weight * self.weight_scale, self.bias * self.bias_scale)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in super().__getstate__().items() if name != "effective"}
+
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, {self.activation}"
 
 
-class EqualConv2d(_Equalized):
+class EqualConv2d(Equalized):
     """Same-size convolution with equalised learning rate, then an activation: (B, in, H, W) → (B, out, H, W).
 
     Args:
@@ -77,21 +91,24 @@ class EqualConv2d(_Equalized):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """The layer's output, merged with ``residual`` (see :func:`merge_residual`) if there is one."""
-        weight, bias, padding = self.weight * self.weight_scale, self.bias * self.bias_scale, self.weight.shape[-1] // 2
+        return self.apply_with(*self.scaled(), x, residual)
+
+    def apply_with(self, weight: Tensor, bias: Tensor, x: Tensor, residual: Tensor | None = None, *,
+                   groups: int = 1) -> Tensor:
+        """This layer's kind of convolution, with scaled weights that are given."""
+        padding = weight.shape[-1] // 2
         if _convolution_adds_bias(x):
-            x, bias = F.conv2d(x, weight, bias, padding=padding), None
-            # One pass each, as quick in plain torch.
-            if self.activation == "linear":
-                return x if residual is None else merge_residual(x, residual)
-            if self.activation == "leaky_relu" and residual is None:
-                return F.leaky_relu(x, LEAKY_SLOPE)
+            x = F.conv2d(x, weight, bias, padding=padding, groups=groups)
+            if residual is None:
+                return _activate(x, self.activation)
+            bias = None
         else:
-            x = F.conv2d(x, weight, padding=padding)
+            x = F.conv2d(x, weight, padding=padding, groups=groups)
         gain = 1.0 if residual is None else _MERGE_GAIN
         return bias_act(x, bias, residual, activation=self.activation, slope=LEAKY_SLOPE, gain=gain)
 
 
-class EqualLinear(_Equalized):
+class EqualLinear(Equalized):
     """Linear map with equalised learning rate, then an activation: (B, in) → (B, out)."""
 
     def __init__(self, in_features: int, out_features: int, *, activation: Activation = "leaky_relu",
@@ -100,7 +117,56 @@ class EqualLinear(_Equalized):
         super().__init__((out_features, in_features), gain, activation, lr_scale, zero_init)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _activate(F.linear(x, self.weight * self.weight_scale, self.bias * self.bias_scale), self.activation)
+        return self.apply_with(*self.scaled(), x)
+
+    def apply_with(self, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
+        """This layer's kind of linear map, with scaled weights that are given."""
+        return _activate(F.linear(x, weight, bias), self.activation)
+
+
+class Together:
+    """Layers alike in all but their weights and number of outputs, run as one; their outputs follow one another.
+
+    A module that has some keeps them in ``together``, where :class:`~.effective.EffectiveWeights` finds them.
+
+    Args:
+        own_inputs: each layer sees its own equal part of the input's channels, as if each were called on its own;
+            otherwise all see all of it.
+    """
+
+    effective: tuple[Tensor, Tensor] | None = None
+
+    def __init__(self, layers: Sequence[Equalized], own_inputs: bool = False) -> None:
+        self.layers = list(layers)
+        self.own_inputs = own_inputs
+
+    def __call__(self, x: Tensor, *residual: Tensor) -> Tensor:
+        weight, bias = usable(self) or join([layer.scaled() for layer in self.layers])
+        groups = {"groups": len(self.layers)} if self.own_inputs else {}
+        return self.layers[0].apply_with(weight, bias, x, *residual, **groups)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "effective"}
+
+
+def usable(layer: Equalized | Together) -> tuple[Tensor, Tensor] | None:
+    """The weights provided for ``layer``, if gradients that are wanted find their way back through them.
+
+    They do not where another thread samples while this one trains.
+    """
+    effective = layer.effective
+    if effective is None or effective[0].requires_grad or not torch.is_grad_enabled():
+        return effective
+    layers = layer.layers if isinstance(layer, Together) else [layer]
+    return None if any(member.weight.requires_grad for member in layers) else effective
+
+
+def join(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The weight and the bias of several layers as one."""
+    if len(pairs) == 1:
+        return pairs[0]
+    weights, biases = zip(*pairs)
+    return torch.cat(weights), torch.cat(biases)
 
 
 def instance_norm(x: Tensor) -> Tensor:
@@ -110,7 +176,7 @@ def instance_norm(x: Tensor) -> Tensor:
 
 def merge_residual(x: Tensor, y: Tensor) -> Tensor:
     """(x + y)/√2: the sum of two unit-variance tensors, at unit variance."""
-    return (x + y) * _MERGE_GAIN
+    return bias_act(x, None, y, gain=_MERGE_GAIN)
 
 
 def downsample(x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Mapping, Sequence
 
 import torch
@@ -12,6 +13,7 @@ from .architecture import read_levels
 from .bound import LikelihoodBound
 from .config import HFlowConfig
 from .decoder import CodeDecoder
+from .effective import EffectiveWeights
 from .encoder import CodeEncoder
 from .endblock import Endblock, StyleNetwork
 from .layers import EqualConv2d
@@ -54,6 +56,7 @@ class HFlow(nn.Module):
         if config.has_style:
             self.style = StyleNetwork(channels, style_channels, endblock.mapping_network_lr_scale)
         self.endblock = Endblock(endblock)
+        self._weights = EffectiveWeights(self)
 
     @classmethod
     def from_config(cls, source: str | os.PathLike[str] | Mapping[str, Any] | HFlowConfig) -> HFlow:
@@ -97,6 +100,30 @@ class HFlow(nn.Module):
         levels = [(level.spec.channels, level.spec.resolution, level.spec.resolution) for level in self.levels]
         return [*levels, (self.config.endblock_settings.endblock_tot_channels, 1, 1)]
 
+    def prepared(self) -> AbstractContextManager[None]:
+        """A block whose passes share what depends on the parameters alone: scaled weights, rotations, log-dets.
+
+        For the micro-batches of one optimizer step: it is computed once, where otherwise every pass does so. The
+        gradients of the passes inside gather, and reach the parameters' ``grad`` when the block ends, in one backward
+        pass; an exception leaves them out. Losses are the same, gradients the same but for rounding. With gradients off
+        it changes nothing: then :meth:`encode`, :meth:`decode` and the others keep what they computed until a parameter
+        changes.
+
+        Not with :class:`torch.nn.parallel.DistributedDataParallel`, which waits for each pass's gradients.
+
+        Raises:
+            RuntimeError: at the end, where a parameter has changed inside; at the start, where the blocks are nested.
+
+        Example:
+            >>> model = HFlow.from_config("tiny-16")
+            >>> with model.prepared():
+            ...     for _ in range(4):
+            ...         (model.loss(torch.rand(2, 3, 16, 16) - 0.5).mean() / 4).backward()
+            >>> all(parameter.grad is not None for parameter in model.parameters())
+            True
+        """
+        return self._weights.gathered() if torch.is_grad_enabled() else nullcontext()
+
     def targets(self, x: Tensor) -> list[Tensor]:
         """What the flows model: the scaled image, each level's target (finest first), and the code.
 
@@ -104,6 +131,10 @@ class HFlow(nn.Module):
             x: (B, 3, R, R) in [-0.5, 0.5].
         """
         self._check_images(x)
+        with self._weights.kept():
+            return self._targets(x)
+
+    def _targets(self, x: Tensor) -> list[Tensor]:
         features = x * PIXEL_SCALE
         targets: list[Tensor | None] = [features]
         for level in self.levels:
@@ -131,7 +162,13 @@ class HFlow(nn.Module):
 
     def bound(self, x: Tensor, noise: bool = True) -> LikelihoodBound:
         """The bound behind :meth:`loss`, with every level's terms; arguments as there."""
-        *targets, code = self.targets(x)
+        self._check_images(x)
+        self._weights.collect()
+        with self._weights.kept():
+            return self._bound(x, noise)
+
+    def _bound(self, x: Tensor, noise: bool) -> LikelihoodBound:
+        *targets, code = self._targets(x)
         terms = self.endblock.bound(code, noise)
         below, style = self._condition(self.endblock.perturb(code) if noise else code)
         skip = None
@@ -150,7 +187,12 @@ class HFlow(nn.Module):
             The latents, finest level first and the endblock's (B, C, 1, 1) last; and log|det| (B,) summed over all
             flows, without the constant scaling of pixels: minus that of :meth:`decode`.
         """
-        *targets, code = self.targets(x)
+        self._check_images(x)
+        with self._weights.kept():
+            return self._encode(x)
+
+    def _encode(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        *targets, code = self._targets(x)
         latent, log_det = self.endblock.encode(code)
         latents = [latent]
         below, style = self._condition(code)
@@ -169,6 +211,10 @@ class HFlow(nn.Module):
             ValueError: the number of latents or a shape is not that of :attr:`latent_shapes`.
         """
         self._check_latents(latents)
+        with self._weights.kept():
+            return self._decode(latents)
+
+    def _decode(self, latents: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         below, log_det = self.endblock.decode(latents[-1])
         below, style = self._condition(below)
         skip = None
@@ -192,8 +238,8 @@ class HFlow(nn.Module):
         if len(factors) == count:
             factors.append(1.0)
         if len(factors) != count + 1 or not all(factor >= 0 for factor in factors):
-            raise ValueError(f"HFlow: std must be one number, {count} (one per level, finest first) or {count + 1} (the "
-                             f"endblock's last), none of them negative; got {std}.")
+            raise ValueError(f"HFlow: std must be one number, {count} (one per level, finest first) or {count + 1} "
+                             f"(the endblock's last), none of them negative; got {std}.")
         return [*(factor * level.spec.prior_std for factor, level in zip(factors, self.levels)), factors[-1]]
 
     @torch.no_grad()

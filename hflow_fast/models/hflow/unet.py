@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Iterable, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import EqualConv2d, downsample, instance_norm, upsample
+from .layers import EqualConv2d, Together, downsample, instance_norm, upsample
 
-__all__ = ["UNet"]
+__all__ = ["ParallelUNets", "UNet"]
 
 _SMALLEST_BINOMIAL = 8  # at 8 pixels and below, resampling is a plain 2 × 2 average and bilinear
 
@@ -36,18 +37,48 @@ class UNet(nn.Module):
                                  EqualConv2d(in_channels, out_channels, 3, activation="linear"))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.start(x)
-        skips = []
-        for block in self.down:
-            skips.append(x)
-            x = _halve(block(self._norm(x)))
-        x = self.bottom(x)
-        for first, second in self.up:
-            x = second(first(self._norm(_double(x))), skips.pop())
-        return self.end(x)
+        return _run(self, x)
 
-    def _norm(self, x: Tensor) -> Tensor:
-        return instance_norm(x) if self.normalize else x
+
+class ParallelUNets:
+    """U-nets of one shape, each on its own channels of one tensor: half the launches for the two of a decoder's heads.
+
+    (B, N·in, R, R) → (B, N·out, R, R). Norms and resampling go by channel, so nothing else mixes the two.
+    """
+
+    def __init__(self, nets: Sequence[UNet]) -> None:
+        def beside(layers: Iterable[EqualConv2d]) -> Together:
+            return Together(list(layers), own_inputs=True)
+
+        def pairs(blocks: Iterable[nn.ModuleList]) -> list[tuple[Together, ...]]:
+            return [tuple(beside(layers) for layers in zip(*block)) for block in zip(*blocks)]
+
+        self.normalize = nets[0].normalize
+        self.start = beside(net.start for net in nets)
+        self.down = pairs(net.down for net in nets)
+        self.bottom = beside(net.bottom for net in nets)
+        self.up = pairs(net.up for net in nets)
+        self.end = [beside(layers) for layers in zip(*(net.end for net in nets))]
+        self.together = [self.start, *(layer for pair in (*self.down, *self.up) for layer in pair), self.bottom, *self.end]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return _run(self, x)
+
+
+def _run(net: UNet | ParallelUNets, x: Tensor) -> Tensor:
+    def norm(x: Tensor) -> Tensor:
+        return instance_norm(x) if net.normalize else x
+
+    x = net.start(x)
+    skips = []
+    for first, second in net.down:
+        skips.append(x)
+        x = _halve(second(first(norm(x))))
+    x = net.bottom(x)
+    for first, second in net.up:
+        x = second(first(norm(_double(x))), skips.pop())
+    first, second = net.end
+    return second(first(x))
 
 
 def _depth(resolution: int) -> int:

@@ -1,0 +1,405 @@
+"""HFlow beside the original implementation, with the same weights, in one run.
+
+python benchmarks/vs_original.py --original DIR [--config A-128] [--batch 4] [--groups 4] [--only training,sampling]
+
+DIR is a checkout of https://github.com/timoneh/hflow, which is imported as it is: nothing of it is changed or copied.
+First, losses and every gradient are compared, without noise, in float32. Then all sides are timed in turn, many times:
+
+- training: one optimizer step: forward and backward passes of --groups micro-batches of --batch images, clipping, Adam
+  and the moving average of the weights. The original's reads each loss, as its own loop does.
+- sampling: --batch random images, brought to the processor. The original has its inverses computed before.
+- encoding: --batch images to latents.
+- memory: peak of a training step in a process of its own, above what the imports take.
+
+Ours comes in modes: plain (every pass computes its own weights), prepared (once per step, as the trainer does) and
+compile (prepared, passes through torch.compile). On a GPU both sides may use TF32, as the original does, unless
+--precision fp32. The original with torch.compile, --compile, takes half an hour to compile on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import csv
+import gc
+import importlib
+import json
+import statistics
+import subprocess
+import sys
+import time
+import types
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from hflow_fast.bench.results import provenance
+from hflow_fast.configs import load_config
+from hflow_fast.models import HFlow
+from hflow_fast.models.hflow.original import original_names
+from hflow_fast.training.config import TrainConfig
+from hflow_fast.training.ema import update_average
+from hflow_fast.training.optimizer import build_optimizer, clip_and_step
+
+RESULTS = Path(__file__).parent / "results" / "model"
+MODES = ("plain", "prepared", "compile")
+WORKS = ("training", "sampling", "encoding", "memory")
+QUANTILES = (20, 50, 80)
+EMA_WEIGHT = 0.005
+TOLERANCE = {"loss": 1e-4, "gradient": 2e-3}
+"""Relative, of float32: what lies between the two is the rounding of both, mostly the original's exponentials'."""
+
+
+class Settings(dict):
+    """A section of a configuration as the original takes it: lower-case keys, read as attributes."""
+
+    __getattr__ = dict.__getitem__
+    __setattr__ = dict.__setitem__
+
+    @classmethod
+    def of(cls, section: Mapping[str, Any]) -> Settings:
+        return cls((key.lower(), cls.of(value) if isinstance(value, Mapping) else copy.deepcopy(value))
+                   for key, value in section.items())  # fmt: skip
+
+
+class Original:
+    """The original's network with training, sampling and encoding as its own programs do them."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], device: torch.device, compile: bool = False) -> None:
+        package = types.ModuleType("hflow")
+        package.__path__ = [str(folder / "hflow")]
+        sys.modules["hflow"] = package  # its own __init__ would import plotting, datasets and TensorBoard
+        network = importlib.import_module("hflow.network")
+        with contextlib.redirect_stdout(sys.stderr):
+            self.network = network.MultiStep(**Settings.of(config["MODEL_PARAMETERS"])).to(device)
+        self.network.device = str(device)  # a constant "cuda:0" there
+        self.compile = compile
+        self.general = config["GENERAL"]
+
+    def ready(self) -> None:
+        """What a training run and an inference program set up around the network."""
+        net, general = self.network, self.general
+        groups = ((net.encoder_parameters(), "LEARNING_RATE_ENCODERS"), (net.non_encoder_parameters(), "LEARNING_RATE"),
+                  (net.decoder_parameters(), "LEARNING_RATE_DECODERS"))  # fmt: skip
+        self.optimizer = torch.optim.Adam([{"params": parameters, "lr": general[key]} for parameters, key in groups])
+        self.average = copy.deepcopy(net)
+        self.loss = torch.compile(net.loss) if self.compile else net.loss
+        self.inverse = torch.compile(net.inverse) if self.compile else net.inverse
+        if self.compile:
+            self.sample_images = torch.compile(net._sample)
+        else:
+            self.sample_images = net._sample
+        with torch.no_grad():
+            for module in net.modules():
+                if hasattr(module, "compute_K_inv"):
+                    module.compute_K_inv()
+
+    def training(self, parts: list[Tensor]) -> None:
+        self.network.train()
+        for part in parts:
+            loss = self.loss(part).mean() / len(parts)
+            loss.detach().cpu()
+            loss.backward()
+        nn.utils.clip_grad_norm_(self.network.parameters(), self.general["GRAD_CLIP"])
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for source, target in zip(self.network.parameters(), self.average.parameters()):
+                target.copy_(target.lerp(source, EMA_WEIGHT))
+
+    @torch.no_grad()
+    def sampling(self, count: int) -> Tensor:
+        self.network.eval()
+        return self.sample_images(count, 0.8).cpu()
+
+    @torch.no_grad()
+    def encoding(self, images: Tensor) -> list[Tensor]:
+        self.network.eval()
+        return self.inverse(images)[0]
+
+
+class Ours:
+    """The same of hflow_fast, in one of MODES."""
+
+    def __init__(self, model: HFlow, config: Mapping[str, Any], mode: str) -> None:
+        self.model = model
+        self.mode = mode
+        self.general = TrainConfig.from_config(config).general
+        self.optimizer = build_optimizer(model.parameter_groups(), self.general)
+        self.average = copy.deepcopy(model).requires_grad_(False)
+        compiled = mode == "compile"
+        self.loss = torch.compile(model.loss) if compiled else model.loss
+        self.encode = torch.compile(model.encode) if compiled else model.encode
+        self.sample = torch.compile(model.sample) if compiled else model.sample
+
+    def training(self, parts: list[Tensor]) -> None:
+        self.model.train()
+        total = torch.zeros((), device=parts[0].device)
+        with contextlib.nullcontext() if self.mode == "plain" else self.model.prepared():
+            for part in parts:
+                loss = self.loss(part).mean() / len(parts)
+                loss.backward()
+                total += loss.detach()
+        clip_and_step(self.optimizer, total, self.general.grad_clip)
+        update_average(self.average, self.model, EMA_WEIGHT)
+
+    @torch.no_grad()
+    def sampling(self, count: int) -> Tensor:
+        self.model.eval()
+        return self.sample(count, 0.8).cpu()
+
+    @torch.no_grad()
+    def encoding(self, images: Tensor) -> list[Tensor]:
+        self.model.eval()
+        return self.encode(images)[0]
+
+
+def build_pair(options: argparse.Namespace) -> tuple[Original, HFlow]:
+    """Both with the same weights: initialised from data, and moved away from zeros and identities."""
+    torch.manual_seed(options.seed)
+    original = Original(options.original, options.settings, options.device)
+    with torch.no_grad():
+        for parameter in original.network.parameters():
+            if parameter.requires_grad:  # its masks are parameters, too
+                parameter.add_(0.02 * torch.randn_like(parameter))
+        original.network.loss(images(options, 4 * options.batch))
+    model = HFlow.from_original(options.settings, original.network.state_dict()).to(options.device)
+    return original, model
+
+
+def images(options: argparse.Namespace, count: int) -> Tensor:
+    """Smooth random images in [-0.5, 0.5]."""
+    resolution = options.settings["MODEL_PARAMETERS"]["RESOLUTIONS"][0]
+    coarse = torch.rand(count, 3, resolution // 8, resolution // 8, device=options.device)
+    x = nn.functional.interpolate(coarse, scale_factor=8, mode="bilinear")
+    return x - 0.5 + 0.02 * (torch.rand_like(x) - 0.5)
+
+
+def compare(original: Original, model: HFlow, x: Tensor) -> dict[str, float]:
+    """Relative differences of the losses, of all gradients together, and of the worst tensor that matters."""
+    with mock.patch.object(torch, "randn_like", torch.zeros_like), full_precision():
+        theirs = original.network.train().loss(x).flatten()
+        theirs.mean().backward()
+        with model.train().prepared():
+            mine = model.loss(x)
+            mine.mean().backward()
+    gradients = {name: parameter.grad for name, parameter in original.network.named_parameters()}
+    total = torch.stack([gradient.norm() for gradient in gradients.values() if gradient is not None]).norm()
+    differences = {}
+    for name, sources in original_names(model).items():
+        gradient = model.get_parameter(name).grad
+        sources = [sources] if isinstance(sources, str) else sources
+        expected = torch.stack([gradients[source] if gradients[source] is not None
+                                else torch.zeros_like(gradient.reshape(len(sources), -1)[0]) for source in sources])
+        differences[name] = (gradient.reshape(expected.shape) - expected).norm()
+    mine, theirs = mine.detach(), theirs.detach()
+    result = {
+        "loss": float(((mine - theirs).abs() / theirs.abs()).max()),
+        "gradient": float(torch.stack(list(differences.values())).norm() / total),
+    }
+    original.network.zero_grad(set_to_none=True)
+    model.zero_grad(set_to_none=True)
+    for what, value in result.items():
+        if not value <= TOLERANCE[what]:
+            worst = max(differences, key=differences.get)
+            raise SystemExit(f"vs_original: the two differ: {what} by {value:.2g} (allowed {TOLERANCE[what]:.0e}), "
+                             f"gradient most in {worst}. Times of different functions say nothing.")
+    return result
+
+
+@contextlib.contextmanager
+def full_precision():
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def clock(function: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of one call, the device's work included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    begin = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - begin
+
+
+def time_in_turn(functions: Mapping[str, Callable[[], Any]], options: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds of every side, --repeats times, one after the other, after one call each to warm up."""
+    for function in functions.values():
+        clock(function, options.device)
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(options.repeats):
+        for name, function in functions.items():
+            times[name].append(clock(function, options.device))
+    return times
+
+
+def quantiles(values: list[float]) -> list[float]:
+    if len(values) == 1:
+        return values * len(QUANTILES)
+    hundredths = statistics.quantiles(values, n=100, method="inclusive")
+    return [hundredths[q - 1] for q in QUANTILES]
+
+
+def peak_memory(side: str, options: argparse.Namespace) -> float:
+    """MiB at the peak of two training steps of one side, in a process of its own."""
+    command = [sys.executable, __file__, "--original", options.original, "--config", options.config, "--batch",
+               options.batch, "--groups", options.groups, "--device", options.device, "--precision", options.precision,
+               "--memory-of", side]  # fmt: skip
+    output = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    if output.returncode:
+        raise SystemExit(f"vs_original: measuring the memory of {side} failed:\n{output.stderr}")
+    return float(json.loads(output.stdout.splitlines()[-1]))
+
+
+def resident(field: str) -> float:
+    """MiB, "VmRSS" now or "VmHWM" at the peak. Unlike getrusage's, it does not begin with the parent's."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) / 1024
+    raise SystemExit(f"vs_original: the system does not report {field}; leave memory out with --only.")
+
+
+def own_memory(side: str, options: argparse.Namespace) -> float:
+    before = 0.0 if options.device.type == "cuda" else resident("VmRSS")
+    if side == "original":
+        runner = Original(options.original, options.settings, options.device)
+        with torch.no_grad():
+            runner.network.loss(images(options, options.batch))
+        runner.ready()
+    else:
+        model = HFlow.from_config(options.settings).to(options.device)
+        model.initialize(images(options, options.batch))
+        runner = Ours(model, options.settings, side)
+    if options.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(2):
+        runner.training(parts_of(options))
+    gc.collect()
+    return torch.cuda.max_memory_allocated() / 2**20 if options.device.type == "cuda" else resident("VmHWM") - before
+
+
+def parts_of(options: argparse.Namespace) -> list[Tensor]:
+    return [images(options, options.batch) for _ in range(options.groups)]
+
+
+def measure(options: argparse.Namespace) -> tuple[dict[str, float], dict[str, dict[str, list[float]]]]:
+    """The differences, and for each work the quantiles of every side: seconds, or MiB."""
+    original, model = build_pair(options)
+    differences = compare(original, model, images(options, options.batch))
+    print("agree without noise: loss to {loss:.1e}, gradient to {gradient:.1e}".format(**differences), flush=True)
+    sides: dict[str, Original | Ours] = {"original": original}
+    if options.compile:
+        compiled = Original(options.original, options.settings, options.device, compile=True)
+        compiled.network.load_state_dict(original.network.state_dict())
+        sides["original compiled"] = compiled
+    for side in sides.values():
+        side.ready()
+    sides |= {mode: Ours(copy.deepcopy(model), options.settings, mode) for mode in options.modes}
+    del model
+    results = {}
+    parts, x = parts_of(options), images(options, max(2, options.batch))  # one image has no std in the original
+    for work in options.only:
+        if work == "memory":
+            names = ["original", *(mode for mode in options.modes)]
+            results[work] = {name: [peak_memory(name, options)] * len(QUANTILES) for name in names}
+        else:
+            argument = {"training": parts, "sampling": options.batch, "encoding": x}[work]
+            times = time_in_turn(
+                {name: lambda side=side: getattr(side, work)(argument) for name, side in sides.items()}, options
+            )  # fmt: skip
+            results[work] = {name: quantiles(values) for name, values in times.items()}
+        report(work, results[work])
+    return differences, results
+
+
+def report(work: str, sides: Mapping[str, list[float]]) -> None:
+    unit, digits = ("MiB", 0) if work == "memory" else ("s", 3)
+    for name, (low, middle, high) in sides.items():
+        print(f"{work:<9} {name:<18} {middle:10.{digits}f} {unit} ({low:.{digits}f}–{high:.{digits}f})   "
+              f"original/this {sides['original'][1] / middle:5.2f}", flush=True)  # fmt: skip
+
+
+def save(options: argparse.Namespace, differences: Mapping[str, float], results: Mapping[str, Any]) -> None:
+    """One line per work and side."""
+    where = provenance(options.device)
+    rows = [
+        {"config": options.config, "batch": options.batch, "groups": options.groups, "precision": options.precision,
+         "work": work, "side": name, "unit": "MiB" if work == "memory" else "s",
+         **{f"q{q}": f"{value:.4f}" for q, value in zip(QUANTILES, values)},
+         "original_over_this": f"{sides['original'][1] / values[1]:.3f}", "repeats": options.repeats,
+         **{f"{what}_difference": f"{value:.2e}" for what, value in differences.items()}, **where}
+        for work, sides in results.items() for name, values in sides.items()
+    ]  # fmt: skip
+    path = options.results / "vs_original.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+    print(f"wrote {path}")
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    def names(allowed: tuple[str, ...]) -> Callable[[str], list[str]]:
+        def read(text: str) -> list[str]:
+            chosen = text.split(",")
+            if not set(chosen) <= set(allowed):
+                raise argparse.ArgumentTypeError(f"{text!r}: choose from {', '.join(allowed)}, separated by commas")
+            return chosen
+
+        return read
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--original", type=Path, required=True, help="checkout of timoneh/hflow")
+    parser.add_argument("--config", default="A-128", help="preset or JSON file")
+    parser.add_argument("--batch", type=int, default=4, help="images of a micro-batch")
+    parser.add_argument("--groups", type=int, default=4, help="micro-batches of an optimizer step")
+    parser.add_argument("--only", type=names(WORKS), default=list(WORKS), help=f"of {', '.join(WORKS)}")
+    parser.add_argument("--modes", type=names(MODES), default=["plain", "prepared"], help=f"of {', '.join(MODES)}")
+    parser.add_argument("--compile", action="store_true", help="also the original under torch.compile (slow)")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    parser.add_argument("--precision", choices=("tf32", "fp32"), help="on a GPU; default tf32 there, fp32 elsewhere")
+    parser.add_argument("--threads", type=int, help="of torch on the processor")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV file")
+    parser.add_argument("--dry-run", action="store_true", help="print only")
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if not (options.original / "hflow" / "network.py").is_file():
+        parser.error(f"--original {options.original}: no hflow/network.py there; clone https://github.com/timoneh/hflow")
+    options.settings = load_config(options.config)
+    options.precision = options.precision or ("tf32" if options.device.type == "cuda" else "fp32")
+    return options
+
+
+def main() -> None:
+    options = parse()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.precision == "tf32"
+    torch.backends.cudnn.benchmark = True  # as the original sets it; both sides have fixed shapes
+    if options.memory_of:
+        print(json.dumps(own_memory(options.memory_of, options)))
+        return
+    where = provenance(options.device)
+    print(f"{where['device']}, {where['threads']} threads, torch {where['torch']}, {options.config}, batch "
+          f"{options.batch} × {options.groups}, {options.precision}")  # fmt: skip
+    differences, results = measure(options)
+    if not options.dry_run:
+        save(options, differences, results)
+
+
+if __name__ == "__main__":
+    main()

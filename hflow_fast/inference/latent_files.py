@@ -1,0 +1,175 @@
+"""The files that latents are kept in.
+
+A file holds ``latent.0`` (N, C, H, W), the finest level's, ``latent.1`` … to the endblock's; ``log_det`` (N,) of the
+flows; and ``max_error`` and ``mean_error`` (N,), by which the images that the latents give differ from the originals,
+in steps of 8 bits. Its metadata say which model made it, and the images' names. What is too large for one file becomes
+several, and an index that lists them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Iterator, Mapping, Sequence
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .._files import replacing
+from ..errors import ConfigError, DatasetError
+
+__all__ = ["LatentFiles", "check_free", "numbered", "save_index", "save_latents"]
+
+_FORMAT = {"format": "hflow_fast latents", "version": "1"}
+
+
+class LatentFiles:
+    """Latents as :func:`encode_to_file` wrote them. Tensors stay on disk until they are asked for.
+
+    Args:
+        path: what was given to :func:`encode_to_file`, one of its files, or the index.
+
+    Raises:
+        DatasetError: files are missing, damaged, or of another kind.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._files = _locate(self.path)
+        metadata = [_read_metadata(file) for file in self._files]
+        self._names: list[list[str]] = [each["names"] for each in metadata]
+        self.model = metadata[0]["model"]
+        """Fingerprint of the model that made them."""
+        self.model_name = metadata[0]["model_name"]
+        """What that model was called."""
+        for file, each in zip(self._files, metadata):
+            if each["model"] != self.model:
+                raise DatasetError(f"{file}: made by another model than {self._files[0]}; encode the images again.")
+
+    @property
+    def names(self) -> list[str]:
+        """Of the images."""
+        return [name for names in self._names for name in names]
+
+    def __len__(self) -> int:
+        return sum(map(len, self._names))
+
+    def batches(self, batch_size: int) -> Iterator[list[Tensor]]:
+        """Latents of at most ``batch_size`` images at a time, finest level first, on the CPU.
+
+        Raises:
+            DatasetError: a file is damaged.
+        """
+        for file, names in zip(self._files, self._names):
+            with _opened(file) as tensors:
+                keys = sorted((key for key in tensors.keys() if key.startswith("latent.")),
+                              key=lambda key: int(key.removeprefix("latent.")))
+                slices = [tensors.get_slice(key) for key in keys]
+                if not slices or any(part.get_shape()[:1] != [len(names)] for part in slices):
+                    raise _damaged(file, f"it should hold latents of {len(names)} images")
+                for start in range(0, len(names), batch_size):
+                    yield [part[start:start + batch_size] for part in slices]
+
+
+def save_latents(
+    tensors: Mapping[str, Tensor], path: Path, identity: Mapping[str, str], names: Sequence[str]
+) -> None:
+    """Writes one file.
+
+    Args:
+        tensors: as the module describes them.
+        path: file to write.
+        identity: of the model: "model", "model_name" and what else may be worth knowing.
+        names: of the images.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    metadata = _FORMAT | identity | {"names": json.dumps(names)}
+    with replacing(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        try:
+            save_file(dict(tensors), temporary, metadata=metadata)
+        except SafetensorError as error:
+            raise OSError(f"{path}: cannot be written ({error}).") from error
+        temporary.chmod(mode)  # safetensors makes files that nobody but their owner can read
+
+
+def save_index(path: Path, files: Sequence[Path]) -> None:
+    """Writes the list of ``files`` that together are what was to be ``path``."""
+    with replacing(_index(path)) as temporary:
+        temporary.write_text(json.dumps(_FORMAT | {"files": [file.name for file in files]}, indent=2) + "\n")
+
+
+def check_free(path: Path) -> None:
+    """Makes sure that latents can be written to ``path``.
+
+    Raises:
+        ConfigError: the name does not end in .safetensors, or there are such files.
+    """
+    if path.suffix != ".safetensors":
+        raise ConfigError(f"{path}: the name has to end in .safetensors.")
+    for taken in (path, _index(path), *path.parent.glob(f"{_escaped(path.stem)}-?????-of-?????.safetensors")):
+        if os.path.lexists(taken):
+            raise ConfigError(f"{taken}: already exists; give the latents another name.")
+
+
+def numbered(path: Path, number: int, count: int) -> Path:
+    """The file that is ``number``, from 1, of ``count``."""
+    return path.with_name(f"{path.stem}-{number:05d}-of-{count:05d}.safetensors")
+
+
+def _escaped(text: str) -> str:
+    return re.sub(r"([*?[])", r"[\1]", text)
+
+
+def _index(path: Path) -> Path:
+    return path.with_name(f"{path.name}.index.json")
+
+
+def _locate(path: Path) -> list[Path]:
+    """The safetensors files that ``path`` stands for."""
+    index = path if path.name.endswith(".index.json") else _index(path)
+    if path.is_file() and path != index:
+        return [path]
+    if not index.is_file():
+        raise DatasetError(f"{path}: no such file; give what hflow-fast encode wrote.")
+    try:
+        content = json.loads(index.read_bytes())
+        known = {key: content.get(key) for key in _FORMAT} == _FORMAT
+        files = [index.with_name(Path(name).name) for name in content["files"]]
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise _damaged(index, str(error)) from error
+    if not known or not files:
+        raise DatasetError(f"{index}: not an index of latents of this version of hflow_fast.")
+    return files
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            yield tensors
+    except (OSError, SafetensorError) as error:
+        raise _damaged(file, str(error)) from error
+
+
+def _read_metadata(file: Path) -> dict[str, Any]:
+    with _opened(file) as tensors:
+        metadata = tensors.metadata() or {}
+    if {key: metadata.get(key) for key in _FORMAT} != _FORMAT:
+        raise DatasetError(f"{file}: not latents of this version of hflow_fast; give what hflow-fast encode wrote.")
+    try:
+        names = json.loads(metadata["names"])
+        return {"model": metadata["model"], "model_name": metadata["model_name"], "names": list(map(str, names))}
+    except (ValueError, LookupError, TypeError) as error:
+        raise _damaged(file, f"its metadata: {error}") from error
+
+
+def _damaged(file: Path, reason: str) -> DatasetError:
+    return DatasetError(f"{file}: damaged or not a file of latents ({reason}); encode the images again.")
