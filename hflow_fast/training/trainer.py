@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,10 +95,11 @@ class Trainer:
         self.model.train()
         parts = self.dataset.train[next(self._batches)].split(general.batch_size)
         loss = torch.zeros((), device=self.device)
-        for part in parts:
-            part_loss = self.model.loss(self._dequantize(part)).mean() / len(parts)
-            part_loss.backward()
-            loss += part_loss.detach()
+        with getattr(self.model, "prepared", nullcontext)():  # what depends on the weights alone: once for all passes
+            for part in parts:
+                part_loss = self.model.loss(self._dequantize(part)).mean() / len(parts)
+                part_loss.backward()
+                loss += part_loss.detach()
         norm, skipped = clip_and_step(self._optimizer, loss, general.grad_clip)
         update_average(self.average, self.model, 1.0 if epoch == 0 else general.ema_weight)
         self.step_count += 1
