@@ -11,8 +11,9 @@ First, losses and every gradient are compared, without noise, in float32. Then a
 - encoding: --batch images to latents.
 - memory: peak of a training step in a process of its own, above what the imports take.
 
-Ours comes in modes: plain (every pass computes its own weights), prepared (once per step, as the trainer does) and
-compile (prepared, passes through torch.compile). On a GPU both sides may use TF32, as the original does, unless
+Ours comes in modes: plain (every pass computes its own weights), prepared (once per step, as the trainer does),
+channels_last (prepared, with weights and so everything else in that format) and compile (prepared, passes through
+torch.compile). On a GPU both sides may use TF32, as the original does, unless
 --precision fp32. The original with torch.compile, --compile, takes half an hour to compile on a CPU.
 """
 
@@ -47,7 +48,7 @@ from hflow_fast.training.ema import update_average
 from hflow_fast.training.optimizer import build_optimizer, clip_and_step
 
 RESULTS = Path(__file__).parent / "results" / "model"
-MODES = ("plain", "prepared", "compile")
+MODES = ("plain", "prepared", "channels_last", "compile")
 WORKS = ("training", "sampling", "encoding", "memory")
 QUANTILES = (20, 50, 80)
 EMA_WEIGHT = 0.005
@@ -90,10 +91,7 @@ class Original:
         self.average = copy.deepcopy(net)
         self.loss = torch.compile(net.loss) if self.compile else net.loss
         self.inverse = torch.compile(net.inverse) if self.compile else net.inverse
-        if self.compile:
-            self.sample_images = torch.compile(net._sample)
-        else:
-            self.sample_images = net._sample
+        self.sample_images = torch.compile(net._sample) if self.compile else net._sample
         with torch.no_grad():
             for module in net.modules():
                 if hasattr(module, "compute_K_inv"):
@@ -127,7 +125,7 @@ class Ours:
     """The same of hflow_fast, in one of MODES."""
 
     def __init__(self, model: HFlow, config: Mapping[str, Any], mode: str) -> None:
-        self.model = model
+        self.model = model.to(memory_format=torch.channels_last) if mode == "channels_last" else model
         self.mode = mode
         self.general = TrainConfig.from_config(config).general
         self.optimizer = build_optimizer(model.parameter_groups(), self.general)

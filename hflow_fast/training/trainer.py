@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -131,9 +132,10 @@ class Trainer:
         waited = self._loader.seconds - waited
         loss = torch.zeros((), device=self.device)
         numbers = self.ranks.share(len(self._loader.parts))
-        for part_loss in self._passes(self.step_count, zip(numbers, images)):
-            part_loss.backward()
-            loss += part_loss.detach()
+        with getattr(self.model, "prepared", nullcontext)():  # what depends on the weights alone: once for all passes
+            for part_loss in self._passes(self.step_count, zip(numbers, images)):
+                part_loss.backward()
+                loss += part_loss.detach()
         self._add_up_over_ranks(loss)
         norm, skipped = clip_and_step(self._optimizer, loss, general.grad_clip)
         update_average(self.average, self.model, 1.0 if epoch == 0 else general.ema_weight, skipped)

@@ -4,25 +4,13 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections import Counter
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hflow_fast.models import HFlow
 
-
-class Calls(TorchDispatchMode):
-    """Counts dispatched operations by name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count[function.overloadpacket.__name__] += 1
-        return function(*args, **(kwargs or {}))
+from .calls import Calls
 
 
 def installed(model: HFlow) -> list[str]:

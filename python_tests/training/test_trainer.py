@@ -1,15 +1,16 @@
 from __future__ import annotations
 
 import copy
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable
+from typing import Any, Callable, Iterator
 
 import pytest
 import torch
 
 from hflow_fast.data import ImageDataset
 from hflow_fast.errors import ConfigError, DatasetError
-from hflow_fast.training import TrainConfig, Trainer
+from hflow_fast.training import TrainConfig, Trainer, optimizer
 from hflow_fast.training.trainer import check_dataset
 
 from .tiny import tiny_config
@@ -63,6 +64,33 @@ def test_every_pass_has_noise_of_its_own(tmp_path: Path, make_trainer: MakeTrain
     for _ in range(2):
         trainer.step()
     assert len(drawn) == 8 == len(set(drawn))
+
+
+def test_a_step_prepares_the_model_once(tmp_path: Path, make_trainer: MakeTrainer, monkeypatch) -> None:
+    """And ends that before the gradients are used, since only then they are there."""
+    trainer = make_trainer(tmp_path / "run")
+    trainer.initialize()
+    events = []
+
+    @contextmanager
+    def prepared() -> Iterator[None]:
+        events.append("begin")
+        yield
+        events.append("end")
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        events.append("pass")
+        return type(trainer.model).loss(trainer.model, x)
+
+    def clip_and_step(*arguments: Any) -> Any:
+        events.append("step")
+        return optimizer.clip_and_step(*arguments)
+
+    monkeypatch.setattr(trainer.model, "prepared", prepared, raising=False)
+    monkeypatch.setattr(trainer.model, "loss", loss)
+    monkeypatch.setattr("hflow_fast.training.trainer.clip_and_step", clip_and_step)
+    trainer.step()
+    assert events == ["begin", "pass", "pass", "end", "step"]
 
 
 def test_average_follows_exactly_in_epoch_0_and_slowly_later(tmp_path: Path, make_trainer: MakeTrainer) -> None:

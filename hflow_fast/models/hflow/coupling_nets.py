@@ -107,6 +107,8 @@ class PoolingCouplingNet(_CouplingNet):
             nn.Sequential(EqualConv2d(hidden // 2, hidden // 2, 3),
                           EqualConv2d(hidden // 2, channels, 1, activation="linear", zero_init=True))
             for _ in range(2))
+        # Half of the channels goes to the scale's layers, the other to the shift's.
+        self.together = [Together(layers, own_inputs=True) for layers in zip(self.scale, self.shift)]
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         x = x * self.passive
@@ -124,8 +126,10 @@ class PoolingCouplingNet(_CouplingNet):
             for _ in range(self.spec.halvings_per_level):
                 x = _double(x)
             x = block(x, skips.pop())
-        scale, shift = self.after(x).chunk(2, dim=1)
-        return torch.cat([self.scale(scale), self.shift(shift)], dim=1)
+        x = self.after(x)
+        for layers in self.together:
+            x = layers(x)
+        return x
 
 
 class ContextEmbeddings:
