@@ -54,10 +54,11 @@ def train(
     from ..data import ImageDataset
     from ..models import HFlow
     from ..training import RunDirectory, Session, TrainConfig, Trainer, process_group
+    from ..training.fid import load_extractor
     from ..training.trainer import check_dataset, check_ranks
 
     with process_group(device) as ranks, ExitStack() as stack:
-        if directory is None and config is not None:
+        if directory is None and config is not None and not resume:
             directory = ranks.gather(_new_directory(config))[0]
         with ranks.together():  # all that can be wrong is found out before the run's folder is made
             settings = _settings(config, directory, resume)
@@ -72,6 +73,8 @@ def train(
             model = HFlow.from_config(settings)
             check_dataset(dataset, model.resolution, general)
             check_ranks(ranks.count, general)
+            if ranks.is_writer:
+                load_extractor(TrainConfig.from_config(settings), model.resolution, "cpu")
             run = RunDirectory(directory)
             if ranks.is_writer:
                 if not resume:

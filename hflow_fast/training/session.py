@@ -11,10 +11,11 @@ from typing import Any, Callable
 from torch import Tensor
 
 from ..data import dequantize
-from ..errors import CheckpointError
+from ..errors import CheckpointError, DatasetError
 from ..inference import draw_samples, image_grid, reconstruct, save_png
 from .checkpoint import read_checkpoint
 from .evaluation import evaluation_indices, held_out_bits_per_dim
+from .fid import load_extractor, measure_fid
 from .intervals import INTERVALS, Interval
 from .journal import describe_session, journal
 from .log import RunLog
@@ -43,6 +44,9 @@ class Session:
     Args:
         trainer: what to train; its run directory gets everything that is written. Where several processes train
             together, each runs a session, and only the one of rank 0 writes.
+
+    Raises:
+        ConfigError, CheckpointError: the configuration asks for FIDs that cannot be measured.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -54,6 +58,9 @@ class Session:
         for name, state in trainer.session_state.get("intervals", {}).items():
             self._intervals[name].load_state_dict(state)
         self._retry_at = math.inf  # training seconds at which a failed save is tried again
+        self._extractor = None
+        if self._is_writer:
+            self._extractor = load_extractor(trainer.config, trainer.dataset.resolution, trainer.device)
         self._best = math.inf  # held-out bits/dim
         self._measured: dict[str, Any] = dict(trainer.notes)  # notes of the step at which they were taken
 
@@ -267,6 +274,11 @@ class Session:
             return False
         if grids:
             self._draw(log, held_out[indices[:_GRID]])
+        if metrics and self._extractor is not None:
+            try:
+                values["fid"] = measure_fid(model, trainer.dataset, self._extractor, trainer.config)
+            except (CheckpointError, DatasetError, OSError) as error:
+                _LOGGER.warning("step %d: no FID (%s); training goes on.", step, error)
         _attempt(lambda: log.write(step, values), "the metrics could not be written")
         bits = values[_BEST_BY]
         _LOGGER.info("step %d: held-out %.3f bits/dim", step, bits)

@@ -71,6 +71,10 @@ def test_nothing_is_made_when_something_is_wrong(data: Path, tmp_path: Path) -> 
     config = load_config("tiny-16")
     config["GENERAL"]["BATCH_SIZ"] = 4
     wrong.write_text(json.dumps(config))
+    config = load_config("tiny-16")
+    config["GENERAL"]["INCEPTION_NET_PATH"] = str(tmp_path / "inception.pt")
+    fid = tmp_path / "fid.json"
+    fid.write_text(json.dumps(config))
     torn = tmp_path / "torn.json"
     torn.write_text('{"GENERAL": ')
     for arguments, words in (
@@ -80,6 +84,7 @@ def test_nothing_is_made_when_something_is_wrong(data: Path, tmp_path: Path) -> 
         (("--config", torn, "--data", data), ["torn.json", "JSON"]),
         (("--config", wrong, "--data", data), ["GENERAL.BATCH_SIZ", "unknown key"]),
         (("--config", "tiny-16", "--data", tmp_path / "no"), [str(tmp_path / "no"), "no such dataset"]),
+        (("--config", fid, "--data", data), [str(tmp_path / "inception.pt"), "cannot be read"]),
         (("--config", "demo", "--data", data), ["16 px", "32 px", "--resolution 32"]),
         (("--config", "tiny-16", "--data", data, "--batch-size", 64), ["too few", "(64)"]),
         (("--config", "tiny-16", "--data", data, "--steps", 0), ["--steps"]),

@@ -9,10 +9,12 @@ from typing import Any, Callable
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 
-from hflow_fast.errors import CheckpointError
+from hflow_fast.errors import CheckpointError, ConfigError
 from hflow_fast.training import Session, Trainer, TrainingError, read_checkpoint, read_metrics
 from hflow_fast.training import session as session_module
 from hflow_fast.training.progress import Limits
@@ -259,3 +261,40 @@ def test_tensorboard_reads_numbers_and_pictures(tmp_path: Path, make_trainer: Ma
         (event,) = events.Images(folder.name)
         shown = np.asarray(Image.open(io.BytesIO(event.encoded_image_string)))
         np.testing.assert_array_equal(shown, np.asarray(Image.open(folder / "step_00000003.png")))
+
+
+class Means(nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.float().mean(dim=(2, 3))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_fid_where_there_is_an_extractor(
+    tmp_path: Path, make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    torch.jit.save(torch.jit.script(Means()), tmp_path / "means.pt")
+    trainer = make_trainer(tmp_path / "run", STEPS=4, INCEPTION_NET_PATH=str(tmp_path / "means.pt"))
+    intervals(trainer, metrics_every_steps=2, visualization_every_steps=3, fid_n_samples=12)
+    Session(trainer).run()
+    fids = {record["step"]: record["fid"] for record in read_metrics(trainer.run.metrics) if "fid" in record}
+    assert list(fids) == [2, 4] and all(0 < value < 1e6 for value in fids.values())
+
+    def fail(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(session_module, "measure_fid", fail)
+    trainer = make_trainer(tmp_path / "run", STEPS=5, INCEPTION_NET_PATH=str(tmp_path / "means.pt"))
+    assert Session(trainer).run() == "finished"
+    assert "step 5: no FID ([Errno 28] No space left" in capfd.readouterr().err
+
+
+def test_an_extractor_that_does_not_work_is_refused_at_once(
+    tmp_path: Path, make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(tmp_path / "run", INCEPTION_NET_PATH=str(tmp_path / "nothing.pt"))
+    with pytest.raises(CheckpointError, match="nothing.pt"):
+        Session(trainer)
+    monkeypatch.setattr("hflow_fast.training.fid.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"INCEPTION_NET_PATH.*pip install 'hflow_fast\[fid\]'"):
+        Session(trainer)
