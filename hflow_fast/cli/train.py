@@ -58,7 +58,7 @@ def train(
     from ..training.trainer import check_dataset, check_ranks
 
     with process_group(device) as ranks, ExitStack() as stack:
-        if directory is None and config is not None:
+        if directory is None and config is not None and not resume:
             directory = ranks.gather(_new_directory(config))[0]
         with ranks.together():  # all that can be wrong is found out before the run's folder is made
             settings = _settings(config, directory, resume)

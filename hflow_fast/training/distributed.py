@@ -22,7 +22,9 @@ __all__ = ["RankError", "Ranks", "fingerprints", "own_device", "process_group"]
 
 T = TypeVar("T")
 
-_TIMEOUT = timedelta(minutes=30)  # a process that died is noticed at once; this is for one that hangs
+# A process that died is noticed at once. This is for one that hangs, and has to be longer than the work that rank 0 does
+# alone while the others wait, such as an FID of 30,000 samples.
+_TIMEOUT = timedelta(hours=2)
 _BUCKET = 64 * 2**20  # bytes; large enough for the full speed of a network, small beside the gradients
 
 
