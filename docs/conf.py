@@ -33,7 +33,6 @@ exclude_patterns = ["_build"]
 nitpicky = True
 # What lies outside this package is linked by intersphinx, or not at all.
 nitpick_ignore_regex = [("py:.*", r"(?!hflow_fast\.).*")]
-suppress_warnings = ["toc.not_readable"]
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
