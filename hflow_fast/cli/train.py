@@ -20,11 +20,12 @@ __all__ = ["train"]
 
 
 @click.command()
-@click.option("--config", help="A preset (see hflow-fast info) or a JSON file.")
+@click.option("--config", help="A preset (see hflow-fast info) or a JSON file. With --resume it takes the place of the "
+              "run's config.json, if nothing has changed in it that cannot change during a run.")
 @click.option("--data", type=click.Path(path_type=Path), help="Dataset folder made by hflow-fast dataset.")
 @click.option("--run", "directory", type=click.Path(path_type=Path),
               help="Folder of the run.  [default: a new one, runs/<config>-<number>]")
-@click.option("--resume", is_flag=True, help="Continue the run from its last checkpoint.")
+@click.option("--resume", is_flag=True, help="Continue the run from its latest checkpoint.")
 @click.option("--steps", type=click.IntRange(min=1), help="End after this many optimizer steps.")
 @click.option("--epochs", type=click.IntRange(min=1), help="End after this many passes over the data.")
 @click.option("--hours", type=click.FloatRange(min=0, min_open=True), help="End after this much training time.")
@@ -53,14 +54,14 @@ def train(
     from ..data import ImageDataset
     from ..models import HFlow
     from ..training import RunDirectory, Session, TrainConfig, Trainer, process_group
-    from ..training.distributed import own_device
+    from ..training.fid import load_extractor
     from ..training.trainer import check_dataset, check_ranks
 
-    with process_group(own_device(device)) as ranks, ExitStack() as stack:
-        if directory is None and config is not None:
+    with process_group(device) as ranks, ExitStack() as stack:
+        if directory is None and config is not None and not resume:
             directory = ranks.gather(_new_directory(config))[0]
         with ranks.together():  # all that can be wrong is found out before the run's folder is made
-            settings = _settings(config, directory, resume, fixed=(config, batch_size, seed))
+            settings = _settings(config, directory, resume)
             _override(settings.setdefault("GENERAL", {}), data, {"STEPS": steps, "EPOCHS": epochs, "HOURS": hours},
                       batch_size, seed)
             general = TrainConfig.from_config(settings).general
@@ -72,12 +73,14 @@ def train(
             model = HFlow.from_config(settings)
             check_dataset(dataset, model.resolution, general)
             check_ranks(ranks.count, general)
+            if ranks.is_writer:
+                load_extractor(TrainConfig.from_config(settings), model.resolution, "cpu")
             run = RunDirectory(directory)
             if ranks.is_writer:
                 if not resume:
                     RunDirectory.create(directory, settings)
                 stack.enter_context(run.lock())
-            trainer = Trainer(model, dataset, run, settings, own_device(device), ranks)
+            trainer = Trainer(model, dataset, run, settings, device, ranks)
             if resume and ranks.is_writer:
                 run.write_config(settings)
             session = Session(trainer)
@@ -89,7 +92,8 @@ def train(
         if session.finished:
             say(f"already trained to step {trainer.step_count}; give --steps, --epochs or --hours to go further.")
             return
-        say(f"training {config or 'goes on'}, {general.dataset_path}{_sharing(general, ranks.count)}")
+        what = f"training goes on at step {trainer.step_count}" if resume else f"training {config}"
+        say(f"{what}, {general.dataset_path}{_sharing(general, ranks.count)}")
         ended = session.run()
         if ended != "finished":
             say(f"{ended} at step {trainer.step_count}, saved; continue with --resume.")
@@ -97,19 +101,24 @@ def train(
         say(f"finished at step {trainer.step_count}.")
 
 
-def _settings(config: str | None, directory: Path | None, resume: bool, fixed: tuple[Any, ...]) -> dict[str, Any]:
-    """The configuration of a run that goes on, or of a new one; ``fixed`` are the options that only a new one takes."""
+def _settings(config: str | None, directory: Path | None, resume: bool) -> dict[str, Any]:
+    """The configuration of a new run; or that of a run that goes on, unless another one is given."""
     from ..training import RunDirectory
 
-    if resume:
-        if any(option is not None for option in fixed):
-            raise click.UsageError("--resume keeps the run's configuration: leave out --config, --batch-size, --seed.")
-        if directory is None:
-            raise click.UsageError("say which run to continue with --run.")
-        return RunDirectory.open(directory).read_config()
+    if not resume:
+        if config is None:
+            raise click.UsageError("give --config to start a run, or --resume to continue one.")
+        return load_config(config)
+    if directory is None:
+        raise click.UsageError("say which run to continue with --run.")
+    own = RunDirectory.open(directory).read_config()
     if config is None:
-        raise click.UsageError("give --config to start a run, or --resume to continue one.")
-    return load_config(config)
+        return own
+    settings = load_config(config)
+    general = settings.setdefault("GENERAL", {})
+    if general.get("DATASET_PATH") is None:  # as in the presets
+        general["DATASET_PATH"] = own["GENERAL"].get("DATASET_PATH")
+    return settings
 
 
 def _sharing(general: GeneralConfig, processes: int) -> str:

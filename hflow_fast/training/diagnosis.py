@@ -70,8 +70,9 @@ class _Watch:
                 which = f"output {index} of {layer}" if len(tensors) > 1 else f"output of {layer}"
                 if not _finite(tensor):
                     inputs_finite = all(map(_finite, _tensors(inputs)))
+                    cause = "finite" if inputs_finite else "not finite either: it arises between the layer before and it"
                     self.output = (f"The first tensor that is not finite is the {which}: {_share(tensor)}, "
-                                   f"its inputs are {'finite' if inputs_finite else 'not finite either'}.")
+                                   f"its inputs are {cause}.")
                     return
                 if tensor.requires_grad:
                     tensor.register_hook(self._gradient_hook(which))

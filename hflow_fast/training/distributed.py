@@ -22,7 +22,9 @@ __all__ = ["RankError", "Ranks", "fingerprints", "own_device", "process_group"]
 
 T = TypeVar("T")
 
-_TIMEOUT = timedelta(minutes=30)  # a process that died is noticed at once; this is for one that hangs
+# A process that died is noticed at once. This is for one that hangs, and has to be longer than the work that rank 0 does
+# alone while the others wait, such as an FID of 30,000 samples.
+_TIMEOUT = timedelta(hours=2)
 _BUCKET = 64 * 2**20  # bytes; large enough for the full speed of a network, small beside the gradients
 
 
@@ -160,10 +162,10 @@ def process_group(device: torch.device | str) -> Iterator[Ranks]:
     if count == 1:
         yield Ranks()
         return
-    backend = "cpu:gloo"
+    backend = "gloo"
     wanted = torch.device(device)
     if wanted.type == "cuda":
-        backend += ",cuda:nccl"
+        backend = "cpu:gloo,cuda:nccl"
         if wanted.index is not None:
             torch.cuda.set_device(wanted)
     try:
@@ -194,10 +196,10 @@ def own_device(device: str) -> str:
     wanted = torch.device(device)
     if processes == 1 or wanted.type != "cuda":
         return device
-    if wanted.index is not None:
+    gpus, local_rank = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
+    if wanted.index not in (None, local_rank):
         raise ConfigError(f"--device {device} is one GPU, but {processes} processes run on this machine; "
                           "give --device cuda, and each takes a GPU of its own.")
-    gpus, local_rank = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
     if gpus == 1:
         return "cuda:0"
     if local_rank >= gpus:

@@ -29,10 +29,7 @@ def journal(path: Path | None) -> Iterator[None]:
     """
     handlers: list[logging.Handler] = [_Console()]
     if path is not None:
-        try:
-            handlers.append(_File(path))
-        except OSError as error:
-            _File.complain(path, error)
+        handlers.append(_File(path))
     previous = _LOGGER.level
     _LOGGER.setLevel(logging.DEBUG if path is not None else logging.WARNING)
     for handler in handlers:
@@ -63,16 +60,17 @@ class _Console(logging.Handler):
             tqdm.write(record.getMessage())
 
 
-class _File(logging.FileHandler):
-    """Training goes on where the file cannot be written."""
+class _File(logging.Handler):
+    """Opened anew for each line, so that what a full disk refuses is not held back until the end, and lost there."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path, encoding="utf-8")
+        super().__init__()
+        self._path = path
         self.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
 
-    def handleError(self, record: logging.LogRecord) -> None:
-        self.complain(Path(self.baseFilename), sys.exc_info()[1])
-
-    @staticmethod
-    def complain(path: Path, error: BaseException | None) -> None:
-        tqdm.write(f"WARNING: {path} could not be written ({error}); training goes on.", file=sys.stderr)
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(self.format(record) + "\n")
+        except OSError as error:
+            tqdm.write(f"WARNING: {self._path} could not be written ({error}); training goes on.", file=sys.stderr)

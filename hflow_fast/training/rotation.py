@@ -56,6 +56,8 @@ def keep_checkpoint(folder: Path, step: int, count: int | None, *, best: bool) -
 
 def _name(file: Path, name: Path) -> None:
     """Makes ``name`` another name of ``file``, in one step; a copy where the file system has no hard links."""
+    if name.exists() and name.samefile(file):
+        return  # POSIX renames between two names of one file by doing nothing, which would leave the temporary one
     with replacing(name) as temporary:
         temporary.unlink(missing_ok=True)  # of a session that was killed here
         try:

@@ -11,10 +11,11 @@ from typing import Any, Callable
 from torch import Tensor
 
 from ..data import dequantize
-from ..errors import CheckpointError
+from ..errors import CheckpointError, DatasetError
 from ..inference import draw_samples, image_grid, reconstruct, save_png
 from .checkpoint import read_checkpoint
 from .evaluation import evaluation_indices, held_out_bits_per_dim
+from .fid import load_extractor, measure_fid
 from .intervals import INTERVALS, Interval
 from .journal import describe_session, journal
 from .log import RunLog
@@ -43,6 +44,9 @@ class Session:
     Args:
         trainer: what to train; its run directory gets everything that is written. Where several processes train
             together, each runs a session, and only the one of rank 0 writes.
+
+    Raises:
+        ConfigError, CheckpointError: the configuration asks for FIDs that cannot be measured.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -54,6 +58,9 @@ class Session:
         for name, state in trainer.session_state.get("intervals", {}).items():
             self._intervals[name].load_state_dict(state)
         self._retry_at = math.inf  # training seconds at which a failed save is tried again
+        self._extractor = None
+        if self._is_writer:
+            self._extractor = load_extractor(trainer.config, trainer.dataset.resolution, trainer.device)
         self._best = math.inf  # held-out bits/dim
         self._measured: dict[str, Any] = dict(trainer.notes)  # notes of the step at which they were taken
 
@@ -136,9 +143,6 @@ class Session:
 
     def _do_what_is_due(self, log: RunLog | None, window: Window) -> None:
         due = {name: self._agree(self._due(name)) for name in INTERVALS}
-        for name in due:
-            if due[name]:
-                self._intervals[name].restart(self._trainer.step_count, self._trainer.seconds)
         improved = False
         if due["visualization"] or due["metrics"]:
             improved = self._agree(self._evaluate(log, grids=due["visualization"], metrics=due["metrics"]))
@@ -150,13 +154,16 @@ class Session:
         step, seconds = self._trainer.step_count, self._trainer.seconds
         return self._intervals[name].due(step, seconds) or (name == "checkpoint" and seconds >= self._retry_at)
 
+    def _restart(self, name: str) -> None:
+        self._intervals[name].restart(self._trainer.step_count, self._trainer.seconds)
+
     def _something_due(self) -> bool:
         return any(map(self._due, INTERVALS))
 
     def _agree(self, flag: bool) -> bool:
         """Whether any process says so. Clocks and signals differ between processes, and all have to do the same.
 
-        At every step, then: the flag goes from CPU to CPU (about a tenth of a millisecond on one machine) and does not
+        At every step, then: the flag goes from CPU to CPU (some tenths of a millisecond on one machine) and does not
         wait for the device, which stays busy with what is queued.
         """
         return self._trainer.ranks.any(flag)
@@ -175,6 +182,7 @@ class Session:
 
     def _write_checkpoint(self) -> None:
         trainer = self._trainer
+        self._restart("checkpoint")
         trainer.session_state = {"intervals": {name: interval.state_dict()
                                                for name, interval in self._intervals.items()}}
         notes = self._measured if self._measured.get("step") == trainer.step_count else {}
@@ -209,8 +217,8 @@ class Session:
         if trainer.resumed_from is None:
             _LOGGER.debug("%s: training starts", trainer.run.path)
         else:
-            _LOGGER.info("%s: training goes on at step %d, from %s", trainer.run.path, trainer.step_count,
-                         trainer.resumed_from.name)
+            _LOGGER.debug("%s: training goes on at step %d, from %s", trainer.run.path, trainer.step_count,
+                          trainer.resumed_from.name)
         for change in trainer.changes:
             _LOGGER.info("configuration changed: %s", change)
 
@@ -256,6 +264,9 @@ class Session:
         """
         trainer, general, output = self._trainer, self._trainer.config.general, self._trainer.config.output
         model, held_out, step = trainer.average, trainer.dataset.held_out, trainer.step_count
+        for name, is_done in (("visualization", grids), ("metrics", metrics)):
+            if is_done:
+                self._restart(name)
         indices = evaluation_indices(len(held_out), output.evaluation_images)
         values = held_out_bits_per_dim(model, held_out, indices, batch_size=general.batch_size,
                                        bits=general.discretization_bits, ranks=trainer.ranks)
@@ -263,6 +274,11 @@ class Session:
             return False
         if grids:
             self._draw(log, held_out[indices[:_GRID]])
+        if metrics and self._extractor is not None:
+            try:
+                values["fid"] = measure_fid(model, trainer.dataset, self._extractor, trainer.config)
+            except (CheckpointError, DatasetError, OSError) as error:
+                _LOGGER.warning("step %d: no FID (%s); training goes on.", step, error)
         _attempt(lambda: log.write(step, values), "the metrics could not be written")
         bits = values[_BEST_BY]
         _LOGGER.info("step %d: held-out %.3f bits/dim", step, bits)
