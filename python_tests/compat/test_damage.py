@@ -91,5 +91,5 @@ def test_tensors_that_do_not_fit_their_storage(path, elements, offset, size, str
 def test_memory_time_and_stack_are_bounded(weights_file, config_file):
     """In a process of its own, whose memory is limited."""
     result = subprocess.run([sys.executable, "-m", "python_tests.compat.bombs", weights_file, config_file], cwd=ROOT,
-                            capture_output=True, text=True, timeout=120, check=False)
+                            capture_output=True, text=True, timeout=240, check=False)
     assert (result.stdout, result.returncode) == ("all read\n", 0), result.stderr
