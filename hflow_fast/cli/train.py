@@ -32,11 +32,13 @@ __all__ = ["train"]
 @click.option("--batch-size", type=click.IntRange(min=1), help="Images per forward pass (BATCH_SIZE); gradients are "
               "accumulated over SAMPLES_PER_GRAD_EVAL images, or this many if it is more.")
 @click.option("--seed", type=click.IntRange(min=0), help="Of weights, data order and noise.")
+@click.option("--cuda-graph/--no-cuda-graph", default=None, help="On a GPU, replay each step from CUDA graphs, or launch "
+              "it piece by piece.  [default: graphs, unless they cannot be captured]")
 @device_option
 @threads_option
 def train(
     config: str | None, data: Path | None, directory: Path | None, resume: bool, steps: int | None, epochs: int | None,
-    hours: float | None, batch_size: int | None, seed: int | None, device: str,
+    hours: float | None, batch_size: int | None, seed: int | None, cuda_graph: bool | None, device: str,
 ) -> None:
     """Train a model.
 
@@ -55,7 +57,7 @@ def train(
     from ..models import HFlow
     from ..training import RunDirectory, Session, TrainConfig, Trainer, process_group
     from ..training.fid import load_extractor
-    from ..training.trainer import check_dataset, check_ranks
+    from ..training.trainer import check_cuda_graph, check_dataset, check_ranks
 
     with process_group(device) as ranks, ExitStack() as stack:
         if directory is None and config is not None and not resume:
@@ -63,7 +65,7 @@ def train(
         with ranks.together():  # all that can be wrong is found out before the run's folder is made
             settings = _settings(config, directory, resume)
             _override(settings.setdefault("GENERAL", {}), data, {"STEPS": steps, "EPOCHS": epochs, "HOURS": hours},
-                      batch_size, seed)
+                      batch_size, seed, cuda_graph)
             general = TrainConfig.from_config(settings).general
             if general.dataset_path is None:
                 raise click.UsageError("give the dataset with --data.")
@@ -72,6 +74,7 @@ def train(
             torch.backends.cudnn.benchmark = True  # all batches have the same shape
             model = HFlow.from_config(settings)
             check_dataset(dataset, model.resolution, general)
+            check_cuda_graph(torch.device(device), general)
             check_ranks(ranks.count, general)
             if ranks.is_writer:
                 load_extractor(TrainConfig.from_config(settings), model.resolution, "cpu")
@@ -140,7 +143,8 @@ def _new_directory(config: str) -> Path:
 
 
 def _override(
-    general: dict[str, Any], data: Path | None, limits: dict[str, Any], batch_size: int | None, seed: int | None
+    general: dict[str, Any], data: Path | None, limits: dict[str, Any], batch_size: int | None, seed: int | None,
+    cuda_graph: bool | None,
 ) -> None:
     """Writes the options that were given over the keys of section GENERAL."""
     if any(limits.values()):
@@ -152,3 +156,5 @@ def _override(
         general["SAMPLES_PER_GRAD_EVAL"] = max(batch_size, general.get("SAMPLES_PER_GRAD_EVAL", 0))
     if seed is not None:
         general["SEED"] = seed
+    if cuda_graph is not None:
+        general["CUDA_GRAPH"] = "on" if cuda_graph else "off"

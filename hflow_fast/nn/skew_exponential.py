@@ -38,12 +38,14 @@ class Squarings:
 
     The number follows from the norm, which lies on the device. On a processor, and while gradients are off, it is read.
     In training on a GPU it is the one that the latest norm to have arrived asks for, with a tenth to spare; an
-    exponential whose norm has outgrown it is NaN, never wrong, and a later call has the new norm.
+    exponential whose norm has outgrown it is NaN, never wrong, and a later call has the new norm. A CUDA graph keeps the
+    number it was captured with, so :meth:`follow` tells when it is time for another.
     """
 
     def __init__(self) -> None:
         self._number: int | None = None
         self._arriving: tuple[Tensor, torch.cuda.Event] | None = None
+        self._captured: tuple[Tensor, torch.dtype] | None = None
 
     def choose(self, bound: Tensor, dtype: torch.dtype) -> int:
         """The number for generators of 2-norm at most ``bound`` (0-dim).
@@ -55,20 +57,33 @@ class Squarings:
             if self._number is None:
                 raise RuntimeError("skew_exponential: evaluate the layer once before capturing it in a CUDA graph, so that "
                                    "the size of its matrices is known.")
+            self._captured = bound, dtype
         elif self._number is None or not bound.is_cuda or not torch.is_grad_enabled():
             self._number, self._arriving = _needed(float(bound), dtype), None
         else:
-            if self._arriving is not None and self._arriving[1].query():
-                self._number, self._arriving = _needed(float(self._arriving[0]), dtype), None
-            if self._arriving is None:
-                self._arriving = _send(bound)
+            self._captured = None
+            self._look(bound, dtype)
         return self._number
+
+    def follow(self) -> int | None:
+        """The number that the next exponential will have. To be asked between replays of a CUDA graph of the layer, whose
+        norms it watches without waiting for the device."""
+        if self._captured is not None:
+            self._look(*self._captured)
+        return self._number
+
+    def _look(self, bound: Tensor, dtype: torch.dtype) -> None:
+        if self._arriving is not None and self._arriving[1].query():
+            # Never fewer: where a norm moves about the border, graphs would be captured again and again.
+            self._number, self._arriving = max(self._number, _needed(float(self._arriving[0]), dtype)), None
+        if self._arriving is None:
+            self._arriving = _send(bound)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Squarings:
         return Squarings()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_number": None, "_arriving": None}
+        return {"_number": None, "_arriving": None, "_captured": None}
 
 
 def skew_exponential(generator: Tensor, squarings: Squarings | None = None) -> Tensor:
@@ -115,7 +130,7 @@ class _Exponential(torch.autograd.Function):
             factors = _factors(ctx.squarings, skew.dtype, skew.device)
             # Out of reach, the factors are NaN and with them the result, without asking the device.
             limit = _REACH[skew.dtype] * 2.0**ctx.squarings
-            factors = torch.where(bound <= limit, factors, math.nan)
+            factors = factors.masked_fill(~(bound <= limit), math.nan)  # torch.where would copy the NaN to the device
             combinations, ninth, roots = _roots(powers, factors, ctx.squarings)
             rotation = _orthogonalized(roots[-1])
         ctx.save_for_backward(skew, factors, combinations, ninth, *powers[1:], *roots[:-1])

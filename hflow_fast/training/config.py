@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Mapping
+from typing import Annotated, Any, Literal, Mapping
 
 from pydantic import Field, field_validator, model_validator
 
@@ -49,6 +49,8 @@ class GeneralConfig(Section):
     """Mirror every second training image, at random."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Of weights, data order and noise."""
+    cuda_graph: Literal["auto", "on", "off"] = "auto"
+    """On a GPU, replay each step from CUDA graphs: "auto" does without where they cannot be captured, "on" ends there."""
     epochs: Count | None = None
     """Passes over the training images. Training ends at the first of epochs, steps and hours that is given."""
     steps: Count | None = None

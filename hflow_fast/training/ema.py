@@ -28,7 +28,8 @@ def update_average(average: nn.Module, model: nn.Module, weight: float, skipped:
         torch._foreach_lerp_(targets, sources, weight)
     else:
         change = torch._foreach_sub(sources, targets)
-        torch._foreach_mul_(change, torch.where(skipped, 0.0, weight))
+        torch._foreach_mul_(change, ~skipped * weight)
         torch._foreach_add_(targets, change)
-    for target, source in zip(average.buffers(), model.buffers(), strict=True):
-        target.copy_(source)
+    targets, sources = list(average.buffers()), list(model.buffers())
+    if targets:
+        torch._foreach_copy_(targets, sources)

@@ -3,26 +3,49 @@
 from __future__ import annotations
 
 import math
-from typing import Mapping, Sequence
+from typing import Any, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from .config import GeneralConfig
 
-__all__ = ["build_optimizer", "clip_and_step", "learning_rates", "set_epoch"]
+__all__ = ["build_optimizer", "clip_and_step", "learning_rates", "restore", "set_epoch"]
 
 
 def build_optimizer(groups: Mapping[str, Sequence[nn.Parameter]], config: GeneralConfig) -> torch.optim.Adam:
     """Adam (β 0.9, 0.999) over ``groups`` ("encoders", "flows", "decoders"), at the rates of epoch 0.
 
-    It is the fused implementation: the only one that can skip a step without asking the device for the reason.
+    It is the fused implementation: the only one that can skip a step without asking the device for the reason. Rates are
+    tensors on the parameters' device, so that a step recorded in a CUDA graph follows them.
     """
-    rates = learning_rates(0, config)
-    return torch.optim.Adam(
-        [{"params": list(parameters), "lr": rates[role], "role": role} for role, parameters in groups.items()],
+    optimizer = torch.optim.Adam(
+        [{"params": list(parameters), "role": role} for role, parameters in groups.items()],
         betas=(0.9, 0.999), fused=True,
     )
+    _own_settings(optimizer)
+    _set_rates(optimizer, learning_rates(0, config))
+    return optimizer
+
+
+def restore(optimizer: torch.optim.Adam, state: dict[str, Any]) -> None:
+    """Loads a ``state_dict`` of :func:`build_optimizer`'s result, of any device and version; rates are then to be set."""
+    optimizer.load_state_dict(state)
+    _own_settings(optimizer)
+
+
+def _own_settings(optimizer: torch.optim.Adam) -> None:
+    for group in optimizer.param_groups:
+        device = group["params"][0].device if group["params"] else torch.device("cpu")
+        group["capturable"] = True
+        # Adam takes a rate in float32 from a GPU's memory, and in full from a processor's.
+        dtype = torch.float64 if device.type == "cpu" else torch.float32
+        group["lr"] = torch.zeros((), dtype=dtype, device=device)
+
+
+def _set_rates(optimizer: torch.optim.Adam, rates: Mapping[str, float]) -> None:
+    for group in optimizer.param_groups:
+        group["lr"].fill_(rates[group["role"]])
 
 
 def learning_rates(epoch: int, config: GeneralConfig) -> dict[str, float]:
@@ -44,9 +67,9 @@ def learning_rates(epoch: int, config: GeneralConfig) -> dict[str, float]:
 def set_epoch(optimizer: torch.optim.Adam, epoch: int, config: GeneralConfig) -> dict[str, float]:
     """Sets the rates of ``epoch`` and returns them. A group with rate zero is frozen: it gets no gradients any more."""
     rates = learning_rates(epoch, config)
+    _set_rates(optimizer, rates)
     for group in optimizer.param_groups:
-        group["lr"] = rates[group["role"]]
-        if group["lr"] == 0.0:
+        if rates[group["role"]] == 0.0:
             for parameter in group["params"]:
                 parameter.requires_grad_(False)
                 parameter.grad = None

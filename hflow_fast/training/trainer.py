@@ -6,13 +6,15 @@ import copy
 import json
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Iterable, Iterator, Mapping
+from typing import Any, Callable, Generator, Hashable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from .._replay import Replay, cuda_recorder
 from ..data import Batches, ImageDataset, Loader, dequantize
 from ..errors import CheckpointError, ConfigError, DatasetError
 from ..nn import initialize_locally
@@ -22,12 +24,12 @@ from .config import GeneralConfig, TrainConfig
 from .diagnosis import diagnose
 from .distributed import Ranks, fingerprints
 from .ema import update_average
-from .optimizer import build_optimizer, clip_and_step, set_epoch
+from .optimizer import build_optimizer, clip_and_step, restore, set_epoch
 from .randomness import Use, seed_generators
 from .rotation import checkpoint_files, keep_checkpoint
 from .run import RunDirectory
 
-__all__ = ["StepResult", "Trainer", "check_dataset", "check_ranks"]
+__all__ = ["StepResult", "Trainer", "check_cuda_graph", "check_dataset", "check_ranks"]
 
 _INITIAL_BATCHES = 16  # batches of images behind the data-dependent initialisation, as in the original
 
@@ -74,6 +76,7 @@ class Trainer:
         self.ranks = ranks or Ranks()
         check_ranks(self.ranks.count, general)
         check_dataset(dataset, model.resolution, general)
+        check_cuda_graph(torch.device(device), general)
         self.model = model.to(device)
         self.average = copy.deepcopy(self.model).requires_grad_(False).eval()
         self.dataset = dataset
@@ -95,6 +98,9 @@ class Trainer:
         self._optimizer = build_optimizer(self.model.parameter_groups(), general)
         batches = Batches(len(dataset.train), general.samples_per_grad_eval, seed=general.seed)
         self._loader = Loader(dataset.train, batches, general.batch_size, device=device, share=self.ranks.share)
+        records = self.device.type == "cuda" and general.cuda_graph != "off"
+        self._replay: Replay[tuple[Tensor, Tensor, Tensor]] = Replay(
+            cuda_recorder if records else None, name="training", required=general.cuda_graph == "on")
         if checkpoint_files(run.checkpoint.parent):
             self._restore()
 
@@ -130,16 +136,11 @@ class Trainer:
         waited = self._loader.seconds
         images = next(self._loader)
         waited = self._loader.seconds - waited
-        loss = torch.zeros((), device=self.device)
-        numbers = self.ranks.share(len(self._loader.parts))
-        with getattr(self.model, "prepared", nullcontext)():  # what depends on the weights alone: once for all passes
-            for part_loss in self._passes(self.step_count, zip(numbers, images)):
-                part_loss.backward()
-                loss += part_loss.detach()
-        self._add_up_over_ranks(loss)
-        norm, skipped = clip_and_step(self._optimizer, loss, general.grad_clip)
-        update_average(self.average, self.model, 1.0 if epoch == 0 else general.ema_weight, skipped)
+        weight = 1.0 if epoch == 0 else general.ema_weight
+        results = self._replay.run(partial(self._work, weight=weight), images, self._launches(weight), self._changed)
         self.step_count += 1
+        # A recorded step writes its results into the same memory each time.
+        loss, norm, skipped = [value.clone() for value in results] if self._replay.is_recorded else results
         return StepResult(loss, norm, skipped, waited)
 
     def diagnose(self) -> str:
@@ -148,8 +149,7 @@ class Trainer:
         All its passes run in this process alone.
         """
         self.model.train()
-        parts = ((number, self.dataset.train[part]) for number, part in enumerate(self._loader.parts))
-        return diagnose(self.model, self._passes(self.step_count - 1, parts))
+        return diagnose(self.model, self._repeated_passes())
 
     def save(self, notes: Mapping[str, Any] = MappingProxyType({}), *, best: bool = False) -> None:
         """Replaces the run's latest checkpoint, and keeps its predecessors as KEEP_CHECKPOINTS says.
@@ -192,12 +192,55 @@ class Trainer:
         save_checkpoint(self.run.checkpoint, self._raw_config, self.model, self.average, training,
                         {"step": self.step_count, **notes})
 
-    def _passes(self, step: int, parts: Iterable[tuple[int, Tensor]]) -> Iterator[Tensor]:
-        """The losses of passes over images, numbered within the step, each divided by how many make up the step."""
-        for number, images in parts:
-            # The noise of a pass is the same whichever process has it, and whatever came before.
-            seed_generators(self.device, self.config.general.seed, Use.STEP, step, number)
-            yield self.model.loss(self._dequantize(images)).mean() / len(self._loader.parts)
+    def _work(self, images: Sequence[Tensor], weight: float) -> Generator[Callable[[], object], None, tuple[Tensor, ...]]:
+        """A step on the device, in the legs of :mod:`hflow_fast._replay`: nothing in it asks the device for a value.
+
+        Args:
+            images: of this process's passes, uint8.
+            weight: of the model in its moving average.
+
+        Returns:
+            Loss, gradient norm and whether the step was skipped.
+        """
+        loss = torch.zeros((), device=self.device)
+        numbers = self.ranks.share(len(self._loader.parts))
+        with getattr(self.model, "prepared", nullcontext)():  # what depends on the weights alone: once for all passes
+            for number, part in zip(numbers, images):
+                yield partial(self._start_noise, number)
+                part_loss = self._pass(part)
+                part_loss.backward()
+                loss += part_loss.detach()
+        if self.ranks.count > 1:
+            yield partial(self.ranks.add_up, [loss, *self._gradients()])
+        norm, skipped = clip_and_step(self._optimizer, loss, self.config.general.grad_clip)
+        update_average(self.average, self.model, weight, skipped)
+        return loss, norm, skipped
+
+    def _launches(self, weight: float) -> Hashable:
+        """What the launches of :meth:`_work` depend on, beside the shapes of the images; learning rates do not count."""
+        parameters = tuple((parameter.data_ptr(), parameter.requires_grad) for parameter in self.model.parameters())
+        choices = getattr(self.model, "launch_choices", tuple)()
+        return parameters, choices, weight, len(self._loader.parts)
+
+    def _changed(self) -> Iterator[Tensor]:
+        """What a step changes and somebody may cache something of."""
+        yield from self.model.parameters()
+        yield from self.average.parameters()
+        yield from self.average.buffers()
+
+    def _start_noise(self, number: int) -> None:
+        """The noise of a pass is the same whichever process has it, and whatever came before."""
+        seed_generators(self.device, self.config.general.seed, Use.STEP, self.step_count, number)
+
+    def _pass(self, images: Tensor) -> Tensor:
+        """The loss of a pass, divided by how many make up the step."""
+        return self.model.loss(self._dequantize(images)).mean() / len(self._loader.parts)
+
+    def _repeated_passes(self) -> Iterator[Tensor]:
+        """The passes of the last step, all of them in this process."""
+        for number, part in enumerate(self._loader.parts):
+            seed_generators(self.device, self.config.general.seed, Use.STEP, self.step_count - 1, number)
+            yield self._pass(self.dataset.train[part])
 
     def _restore(self) -> None:
         checkpoint = read_checkpoint(self.run.path, "model", "average", "training")
@@ -210,7 +253,7 @@ class Trainer:
         self.changes = check_changes(checkpoint.config, self._raw_config, str(self.run.path))
         load_weights(self.model, checkpoint.model, checkpoint.path)
         load_weights(self.average, checkpoint.average, checkpoint.path)
-        self._optimizer.load_state_dict(training["optimizer"])
+        restore(self._optimizer, training["optimizer"])
         self._loader.load_state_dict(training["batches"])
         self.step_count, self.seconds = training["step"], training["seconds"]
         self.session_state = training.get("session", {})
@@ -224,15 +267,13 @@ class Trainer:
         with initialize_locally():  # one process does this for all
             self.model.initialize(self._dequantize(self.dataset.train[choice.sort().values]))
 
-    def _add_up_over_ranks(self, loss: Tensor) -> None:
-        """Sums ``loss`` and the gradients of all processes; a parameter that got none here counts as zero."""
-        if self.ranks.count == 1:
-            return
+    def _gradients(self) -> list[Tensor]:
+        """The gradients that all processes have; a parameter that got none here counts as zero."""
         parameters = [p for group in self._optimizer.param_groups for p in group["params"] if p.requires_grad]
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        self.ranks.add_up([loss, *(parameter.grad for parameter in parameters)])
+        return [parameter.grad for parameter in parameters]
 
     def _check_ranks_equal(self) -> None:
         if self.ranks.count == 1:
@@ -265,6 +306,17 @@ def check_dataset(dataset: ImageDataset, resolution: int, config: GeneralConfig)
     if len(dataset.train) < config.samples_per_grad_eval:
         raise DatasetError(f"{dataset.path}: {len(dataset.train)} training images are too few for one step; "
                            f"add images or lower SAMPLES_PER_GRAD_EVAL ({config.samples_per_grad_eval}).")
+
+
+def check_cuda_graph(device: torch.device, config: GeneralConfig) -> None:
+    """Whether the device has the CUDA graphs that the configuration insists on.
+
+    Raises:
+        ConfigError: it has not.
+    """
+    if config.cuda_graph == "on" and device.type != "cuda":
+        raise ConfigError(f"GENERAL.CUDA_GRAPH is on, but the device is {device}: train on a CUDA device, or set it to "
+                          "auto.")
 
 
 def check_ranks(count: int, config: GeneralConfig) -> None:

@@ -25,9 +25,9 @@ class Window:
     def add(self, result: StepResult) -> None:
         self.steps += 1
         self._timed_steps += 1
-        self._loss += torch.where(result.skipped, 0.0, result.loss)
+        self._loss += result.loss.masked_fill(result.skipped, 0.0)
         self._skipped += result.skipped
-        self._row = torch.where(result.skipped, self._row + 1, 0.0)
+        self._row = (self._row + 1) * result.skipped
         self._norm = result.gradient_norm
         self._waited += result.data_seconds
 

@@ -69,6 +69,10 @@ class StepAffines(DataInitialized):
         """The convolutions' matrices, x → z, (L, C, C)."""
         return _matrices([self])[0][0]
 
+    def follow(self) -> int | None:
+        """See :meth:`Squarings.follow`; None for matrices that are no exponentials."""
+        return self._squarings.follow()
+
     def to_latent(self) -> FoldedAffines:
         """The maps for x → z: first actnorm; then each convolution with the actnorm after it; last convolution."""
         return self.folded or self._cache.get("latent", list(self.parameters()), lambda: fold_to_latent([self])[0])

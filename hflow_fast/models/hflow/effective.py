@@ -36,7 +36,7 @@ class EffectiveWeights:
         alone = [module for module in model.modules() if isinstance(module, Equalized) and module not in members]
         self._users: list[Equalized | Together] = [*alone, *self._together]
         self._layers = [layer for user in self._users for layer in _layers(user)]
-        self._affines = [module for module in model.modules() if isinstance(module, StepAffines)]
+        self.affines = [module for module in model.modules() if isinstance(module, StepAffines)]
         self._cache = ParameterCache()
         self._leaves: list[Tensor] | None = None
         self._sums: list[Tensor | None] = []
@@ -51,7 +51,7 @@ class EffectiveWeights:
         if self._leaves is not None:
             raise RuntimeError("HFlow.prepared: already inside such a block.")
         self._cache = ParameterCache()  # what was kept will not be asked for again
-        affines = [module for module in self._affines if module.is_initialized]
+        affines = [module for module in self.affines if module.is_initialized]
         parameters = self._parameters() + [p for module in affines for p in module.parameters()]
         versions = [parameter._version for parameter in parameters]
         with torch.enable_grad():
@@ -142,7 +142,7 @@ class EffectiveWeights:
     def _remove(self) -> None:
         for user in self._users:
             user.__dict__.pop("effective", None)
-        for module in self._affines:
+        for module in self.affines:
             module.__dict__.pop("folded", None)
 
 

@@ -127,6 +127,11 @@ class HFlow(nn.Module):
         """
         return self._weights.gathered() if torch.is_grad_enabled() else nullcontext()
 
+    def launch_choices(self) -> tuple[int | None, ...]:
+        """What the launches of a training pass depend on beside shapes: when it changes, a CUDA graph is to be captured
+        again. To be asked before each replay; it does not wait for the device."""
+        return tuple(module.follow() for module in self._weights.affines)
+
     def targets(self, x: Tensor) -> list[Tensor]:
         """What the flows model: the scaled image, each level's target (finest first), and the code.
 

@@ -1,0 +1,275 @@
+"""Steps that are recorded and replayed. Without a GPU, a tape of dispatched operations stands in for CUDA graphs."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from hflow_fast import _replay
+from hflow_fast._replay import Replay
+from hflow_fast.data import ImageDataset
+from hflow_fast.errors import ConfigError
+from hflow_fast.models import HFlow
+from hflow_fast.models.hflow.affines import StepAffines
+from hflow_fast.nn import skew_exponential
+from hflow_fast.nn.skew_exponential import Squarings
+from hflow_fast.training import RunDirectory, Trainer
+from hflow_fast.training.window import Window
+
+from .recording import tape_recorder
+from .tiny import tiny_config
+
+MakeTrainer = Callable[..., Trainer]
+GENERAL = {"BATCH_SIZE": 2, "SAMPLES_PER_GRAD_EVAL": 4}  # 3 steps are an epoch
+
+
+def state(trainer: Trainer) -> list[Tensor]:
+    moments = [value for values in trainer._optimizer.state.values() for value in values.values()]
+    return [*trainer.model.state_dict().values(), *trainer.average.state_dict().values(), *moments]
+
+
+def record(trainer: Trainer) -> Trainer:
+    """Lets the trainer record its steps; ``trainer.recordings`` counts them."""
+    trainer.recordings = 0
+    new_recorder = tape_recorder(lambda: state(trainer))
+
+    def counted() -> Any:
+        trainer.recordings += 1
+        return new_recorder()
+
+    trainer._replay = Replay(counted, name="training")
+    return trainer
+
+
+@pytest.fixture(autouse=True)
+def short_warm_up(monkeypatch) -> None:
+    monkeypatch.setattr(_replay, "WARM_UP", 1)
+
+
+@pytest.fixture
+def hflow(dataset_16: Path, tmp_path: Path) -> Callable[..., Trainer]:
+    def make(name: str, device: str = "cpu", **general: Any) -> Trainer:
+        torch.manual_seed(0)
+        config = tiny_config(**GENERAL, **general)
+        return Trainer(HFlow.from_config("tiny-16").to(device), ImageDataset.open(dataset_16),
+                       RunDirectory.create(tmp_path / name, config), config, device)
+
+    return make
+
+
+def assert_equal_runs(plain: Trainer, recorded: Trainer, steps: int) -> None:
+    for number in range(steps):
+        expected, result = plain.step(), recorded.step()
+        for name in ("loss", "gradient_norm", "skipped"):
+            assert torch.equal(getattr(result, name), getattr(expected, name)), (number, name)
+        assert all(map(torch.equal, state(recorded), state(plain))), number
+
+
+def test_replays_give_the_same_numbers(tmp_path: Path, make_trainer: MakeTrainer) -> None:
+    """To the bit: noise, data, decays, the average's weight from epoch 1 on, encoders frozen from epoch 3 on."""
+    schedule = {"noise": 0.1, "LEARNING_RATE_DECAY_START": 0, "LEARNING_RATE_CUT_ENCODERS": 3}
+    plain, recorded = make_trainer(tmp_path / "a", **schedule), record(make_trainer(tmp_path / "b", **schedule))
+    plain.initialize(), recorded.initialize()
+    assert_equal_runs(plain, recorded, 15)
+    assert recorded.recordings == 3  # epochs 0, 1 and 3; the decay of epoch 2 needs none
+    assert recorded._replay.is_recorded
+
+
+def test_replays_of_the_model_give_the_same_numbers(hflow: Callable[..., Trainer]) -> None:
+    plain, recorded = hflow("a", EMA_WEIGHT=1.0), record(hflow("b", EMA_WEIGHT=1.0))
+    plain.initialize(), recorded.initialize()
+    assert_equal_runs(plain, recorded, 4)
+    assert recorded.recordings == 1
+
+
+def test_a_replay_counts_as_a_change_of_what_it_changes(tmp_path: Path, hflow: Callable[..., Trainer]) -> None:
+    """The average keeps what it has computed from its weights, until their version changes."""
+    trainer = record(hflow("run"))
+    trainer.initialize()
+    x = torch.rand(2, 3, 16, 16) - 0.5
+    for _ in range(3):
+        trainer.step()
+        with torch.no_grad():
+            log_det = trainer.average.encode(x)[1]
+        fresh = trainer.average.encode(x)[1].detach()  # with gradients on, nothing is kept
+        torch.testing.assert_close(log_det, fresh, rtol=1e-5, atol=1e-4)
+    assert trainer._replay.is_recorded
+
+
+def test_a_replay_skips_a_step_that_is_not_finite(tmp_path: Path, make_trainer: MakeTrainer) -> None:
+    trainer = record(make_trainer(tmp_path / "run", EMA_WEIGHT=1.0))
+    trainer.initialize()
+    for _ in range(3):
+        trainer.step()
+    before = [value.clone() for value in state(trainer)]
+    with torch.no_grad():
+        trainer.model.decoder[0, 0, 0] = before[2][0, 0, 0] = torch.inf
+    names = list(trainer.model.state_dict())
+    assert names[2] == "decoder"
+    assert trainer.step().skipped and trainer._replay.is_recorded
+    after = state(trainer)[:len(names)]
+    assert all(map(torch.equal, after, before))
+
+
+def test_results_of_a_step_are_not_those_of_the_next(tmp_path: Path, make_trainer: MakeTrainer) -> None:
+    trainer = record(make_trainer(tmp_path / "run"))
+    results = [trainer.step() for _ in range(4)]
+    assert len({float(result.loss) for result in results}) == 4
+
+
+def test_other_shapes_and_parameters_are_recorded_anew() -> None:
+    kept = torch.zeros(3)
+    replay = Replay(tape_recorder(lambda: [kept]), name="test")
+
+    def work(inputs):
+        yield lambda: None
+        kept[:1] += inputs[0].sum()
+        return kept * 2
+
+    def run(size: int, key: int) -> bool:
+        expected = float(kept[0]) + size
+        assert float(replay.run(work, [torch.ones(size)], key)[0]) == 2 * expected
+        return replay.is_recorded
+
+    assert [run(*call) for call in [(2, 0), (2, 0), (2, 0), (3, 0), (3, 0), (3, 1), (3, 1)]] == [
+        False, True, True, False, True, False, True]
+
+
+def failing_recorder() -> Callable[[], Any]:
+    @contextmanager
+    def recorder() -> Iterator[None]:
+        try:
+            yield None
+        except ValueError:
+            raise RuntimeError("capture failed") from None
+
+    return lambda: recorder
+
+
+def test_what_cannot_be_recorded_is_done_as_it_stands(tmp_path, make_trainer, caplog, monkeypatch) -> None:
+    plain, trainer = make_trainer(tmp_path / "a"), make_trainer(tmp_path / "b")
+    trainer._replay = Replay(failing_recorder(), name="training")
+    loss = trainer.model.loss
+    plain.step(), trainer.step()
+    with monkeypatch.context() as broken, caplog.at_level(logging.WARNING):
+        count = iter(range(9))
+        broken.setattr(trainer.model, "loss", lambda x: loss(x) if next(count) else _raise())
+        trainer.step()
+        trainer.step()
+    plain.step(), plain.step()
+    assert all(map(torch.equal, state(trainer), state(plain)))
+    assert [record.message for record in caplog.records] == [
+        "training: no CUDA graph, so each launch costs the host its time: ValueError: reads a value"]
+
+
+def _raise() -> None:
+    raise ValueError("reads a value")
+
+
+def test_recording_can_be_required(tmp_path: Path, make_trainer: MakeTrainer) -> None:
+    with pytest.raises(ConfigError, match="CUDA_GRAPH is on, but the device is cpu"):
+        make_trainer(tmp_path / "run", CUDA_GRAPH="on")
+    replay = Replay(failing_recorder(), name="test", required=True)
+
+    def work(inputs):
+        yield lambda: None
+        if next(count):
+            raise ValueError
+
+    count = iter(range(3))
+    replay.run(work, [], None)
+    with pytest.raises(RuntimeError, match="capture failed"):
+        replay.run(work, [], None)
+
+
+class Watch(TorchDispatchMode):
+    """Refuses what a CUDA graph cannot hold: values read by the host, shapes that depend on data, copies from the host."""
+
+    HOST = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2", "unique_dim",
+            "unique_consecutive", "lift_fresh", "bincount", "repeat_interleave", "_linalg_check_errors"}
+    WITH_HOST_SCALARS = {"add", "sub", "rsub", "mul", "div", "pow", "maximum", "minimum", "clamp"}
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device = device
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        assert name not in self.HOST, f"{function} waits for the device"
+        self.count += 1
+        result = function(*args, **(kwargs or {}))
+        given = [value for value in tree_leaves((args, kwargs or {})) if isinstance(value, Tensor)]
+        # Operations on elements take a number of the host as an argument of the kernel; others copy it.
+        may = name.rstrip("_") in self.WITH_HOST_SCALARS
+        for tensor in [*given, *(value for value in tree_leaves(result) if isinstance(value, Tensor))]:
+            assert tensor.device.type == self.device or (may and tensor.dim() == 0), f"{function} has a tensor of the host"
+        return result
+
+
+@pytest.fixture
+def meta(hflow: Callable[..., Trainer], monkeypatch) -> Trainer:
+    """A trainer on the meta device, which computes no values and where reading one is an error."""
+    trainer = hflow("run", "meta", GRAD_CLIP=50.0)
+    for module in [*trainer.model.modules(), *trainer.average.modules()]:
+        if isinstance(module, StepAffines):
+            module._known_initialized = True
+    monkeypatch.setattr(Squarings, "choose", lambda self, bound, dtype: 3)
+    return trainer
+
+
+def test_a_step_reads_nothing_and_copies_nothing_from_the_host(meta: Trainer) -> None:
+    trainer = meta
+    window = Window(trainer.device)
+    window.add(trainer.step())  # the optimizer makes its state, constants are made once
+    images = next(trainer._loader)
+    with Watch("meta") as watch:
+        work, betweens = trainer._work(images, 0.005), []
+        while True:
+            try:
+                betweens.append(next(work))
+            except StopIteration as end:
+                results = end.value
+                break
+    assert len(betweens) == 2 and len(results) == 3 and watch.count > 1000
+
+
+def test_encoding_and_decoding_read_nothing(hflow: Callable[..., Trainer]) -> None:
+    """Where the weights are the same as last time."""
+    model = HFlow.from_config("tiny-16").eval()
+    x = torch.rand(2, 3, 16, 16) - 0.5
+    with torch.no_grad():
+        latents, _ = model.encode(x)
+        model.decode(latents)
+        with Watch("cpu"):
+            latents, _ = model.encode(x)
+            model.decode(latents)
+
+
+def test_a_captured_exponential_is_followed(monkeypatch) -> None:
+    """In a graph the number of squarings is fixed; the norms that its replays leave behind are watched."""
+
+    class Event:
+        def query(self) -> bool:
+            return True
+
+    monkeypatch.setattr(skew_exponential, "_send", lambda bound: (bound.clone(), Event()))
+    squarings, bound = Squarings(), torch.tensor(10.0, dtype=torch.float64)
+    number = squarings.choose(bound, torch.float32)
+    assert squarings.follow() == number  # nothing is captured
+    squarings._captured = bound, torch.float32
+    assert squarings.follow() == number
+    bound.fill_(40.0)
+    squarings.follow()
+    assert squarings.follow() == number + 2
+    bound.fill_(1.0)
+    squarings.follow()
+    assert squarings.follow() == number + 2
