@@ -130,7 +130,7 @@ class _Exponential(torch.autograd.Function):
             factors = _factors(ctx.squarings, skew.dtype, skew.device)
             # Out of reach, the factors are NaN and with them the result, without asking the device.
             limit = _REACH[skew.dtype] * 2.0**ctx.squarings
-            factors = factors.masked_fill(~(bound <= limit), math.nan)  # torch.where would copy the NaN to the device
+            factors = torch.where(bound <= limit, factors, math.nan)
             combinations, ninth, roots = _roots(powers, factors, ctx.squarings)
             rotation = _orthogonalized(roots[-1])
         ctx.save_for_backward(skew, factors, combinations, ninth, *powers[1:], *roots[:-1])

@@ -220,26 +220,24 @@ def fused_adam(*tensors: list[Tensor], lr: Tensor, found_inf: Tensor, grad_scale
     assert {tensor.device.type for tensor in [*tree_leaves(tensors), lr, found_inf]} == {"meta"}
 
 
-@pytest.fixture
-def meta(hflow: Callable[..., Trainer], monkeypatch) -> Trainer:
-    """A trainer on the meta device, which computes no values and where reading one is an error."""
-    trainer = hflow("run", "meta", BATCH_SIZE=4)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_step_reads_nothing_and_copies_nothing_from_the_host(device: str, hflow: Callable[..., Trainer],
+                                                               monkeypatch) -> None:
+    """The meta device finds what comes from a processor and cannot be read; the processor, tensors made of numbers."""
+    monkeypatch.setattr(Squarings, "choose", lambda self, bound, dtype: 3)
+    if device == "meta":  # unknown to these
+        monkeypatch.setattr(torch, "autocast", lambda *arguments, **settings: nullcontext())
+        monkeypatch.setattr(sys.modules["torch.optim.adam"], "_device_dtype_check_for_fused", lambda parameter: None)
+        monkeypatch.setattr(torch, "_fused_adam_", fused_adam)
+    trainer = hflow("run", device, BATCH_SIZE=4)
     for module in [*trainer.model.modules(), *trainer.average.modules()]:
         if isinstance(module, StepAffines):
             module._known_initialized = True
-    monkeypatch.setattr(Squarings, "choose", lambda self, bound, dtype: 3)
-    monkeypatch.setattr(torch, "autocast", lambda *arguments, **settings: nullcontext())  # it does not know the device
-    monkeypatch.setattr(sys.modules["torch.optim.adam"], "_device_dtype_check_for_fused", lambda parameter: None)  # nor does this
-    monkeypatch.setattr(torch, "_fused_adam_", fused_adam)
-    return trainer
-
-
-def test_a_step_reads_nothing_and_copies_nothing_from_the_host(meta: Trainer) -> None:
-    window = Window(meta.device)
-    window.add(meta.step())  # the optimizer makes its state, constants are made once
-    images = next(meta._loader)
-    with Watch("meta") as watch:
-        loss, norm, skipped = _replay._do(meta._work(images, 0.005))
+    window = Window(trainer.device)
+    window.add(trainer.step())  # the optimizer makes its state, constants are made once
+    images = next(trainer._loader)
+    with Watch(device) as watch:
+        loss, norm, skipped = _replay._do(trainer._work(images, 0.005))
         window.add(StepResult(loss, norm, skipped, 0.0))
     assert watch.count > 1000
 
