@@ -193,7 +193,7 @@ def compare(original: Original, model: HFlow, x: Tensor) -> dict[str, float]:
             losses[1].mean().backward()
     gradients = {name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                  for name, parameter in theirs.named_parameters()}  # fmt: skip
-    # Gradients of parameters without effect, such as a bias before a norm, are rounding: beside the typical they vanish.
+    # Gradients of parameters without effect, such as a bias before a norm, are rounding: beside typical ones nothing.
     typical = statistics.median(float(gradient.norm()) for gradient in gradients.values())
     differences = {}
     for name, sources in original_names(mine).items():
@@ -372,7 +372,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--modes", type=names(MODES), default=["plain", "prepared"], help=f"of {', '.join(MODES)}")
     parser.add_argument("--compile", action="store_true", help="also the original under torch.compile (slow)")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--device", type=torch.device, default=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=torch.device, default=torch.device(device))
     parser.add_argument("--precision", choices=("tf32", "fp32"), help="on a GPU; default tf32 there, fp32 elsewhere")
     parser.add_argument("--threads", type=int, help="of torch on the processor")
     parser.add_argument("--seed", type=int, default=0)
@@ -381,7 +382,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if not (options.original / "hflow" / "network.py").is_file():
-        parser.error(f"--original {options.original}: no hflow/network.py there; clone https://github.com/timoneh/hflow")
+        parser.error(f"--original {options.original}: no hflow/network.py; clone https://github.com/timoneh/hflow")
     options.settings = load_config(options.config)
     options.precision = options.precision or ("tf32" if options.device.type == "cuda" else "fp32")
     return options

@@ -219,7 +219,7 @@ def draw_level(model: HFlow) -> Sheet:
 
     sheet.label((5.8, 0.55), "Each dotted frame is one read and one write of the flow variable, with its log-det.")
     sheet.label((5.8, 0.25), f"StepAffines folds the {steps} actnorms and {steps} matrices into {steps + 1} pairs "
-                "(W, b) by one call of lu, which gives their log-det, too.")
+                "(W, b) by lu_many, which gives their log-det, too.")
     return sheet
 
 

@@ -26,6 +26,8 @@ __all__ = ["train"]
 @click.option("--run", "directory", type=click.Path(path_type=Path),
               help="Folder of the run.  [default: a new one, runs/<config>-<number>]")
 @click.option("--resume", is_flag=True, help="Continue the run from its latest checkpoint.")
+@click.option("--init-from", type=click.Path(path_type=Path), help="Start a new run from the weights of this "
+              "checkpoint or run (LOAD_CHECKPOINT) instead of random ones, such as a model made by hflow-fast import.")
 @click.option("--steps", type=click.IntRange(min=1), help="End after this many optimizer steps.")
 @click.option("--epochs", type=click.IntRange(min=1), help="End after this many passes over the data.")
 @click.option("--hours", type=click.FloatRange(min=0, min_open=True), help="End after this much training time.")
@@ -37,8 +39,9 @@ __all__ = ["train"]
 @device_option
 @threads_option
 def train(
-    config: str | None, data: Path | None, directory: Path | None, resume: bool, steps: int | None, epochs: int | None,
-    hours: float | None, batch_size: int | None, seed: int | None, cuda_graph: bool | None, device: str,
+    config: str | None, data: Path | None, directory: Path | None, resume: bool, init_from: Path | None,
+    steps: int | None, epochs: int | None, hours: float | None, batch_size: int | None, seed: int | None,
+    cuda_graph: bool | None, device: str,
 ) -> None:
     """Train a model.
 
@@ -56,6 +59,7 @@ def train(
     from ..data import ImageDataset
     from ..models import HFlow
     from ..training import RunDirectory, Session, TrainConfig, Trainer, process_group
+    from ..training.checkpoint import load_initial_weights
     from ..training.fid import load_extractor
     from ..training.trainer import check_cuda_graph, check_dataset, check_ranks
 
@@ -65,7 +69,7 @@ def train(
         with ranks.together():  # all that can be wrong is found out before the run's folder is made
             settings = _settings(config, directory, resume)
             _override(settings.setdefault("GENERAL", {}), data, {"STEPS": steps, "EPOCHS": epochs, "HOURS": hours},
-                      batch_size, seed, cuda_graph)
+                      batch_size, seed, init_from, cuda_graph)
             general = TrainConfig.from_config(settings).general
             if general.dataset_path is None:
                 raise click.UsageError("give the dataset with --data.")
@@ -73,6 +77,8 @@ def train(
             torch.manual_seed(general.seed)
             torch.backends.cudnn.benchmark = True  # all batches have the same shape
             model = HFlow.from_config(settings)
+            if general.load_checkpoint is not None and not resume:
+                load_initial_weights(model, general.load_checkpoint)
             check_dataset(dataset, model.resolution, general)
             check_cuda_graph(torch.device(device), general)
             check_ranks(ranks.count, general)
@@ -119,8 +125,9 @@ def _settings(config: str | None, directory: Path | None, resume: bool) -> dict[
         return own
     settings = load_config(config)
     general = settings.setdefault("GENERAL", {})
-    if general.get("DATASET_PATH") is None:  # as in the presets
-        general["DATASET_PATH"] = own["GENERAL"].get("DATASET_PATH")
+    for key in ("DATASET_PATH", "LOAD_CHECKPOINT"):
+        if general.get(key) is None:  # as in the presets
+            general[key] = own["GENERAL"].get(key)
     return settings
 
 
@@ -144,7 +151,7 @@ def _new_directory(config: str) -> Path:
 
 def _override(
     general: dict[str, Any], data: Path | None, limits: dict[str, Any], batch_size: int | None, seed: int | None,
-    cuda_graph: bool | None,
+    init_from: Path | None, cuda_graph: bool | None,
 ) -> None:
     """Writes the options that were given over the keys of section GENERAL."""
     if any(limits.values()):
@@ -156,5 +163,7 @@ def _override(
         general["SAMPLES_PER_GRAD_EVAL"] = max(batch_size, general.get("SAMPLES_PER_GRAD_EVAL", 0))
     if seed is not None:
         general["SEED"] = seed
+    if init_from is not None:
+        general["LOAD_CHECKPOINT"] = str(init_from.absolute())
     if cuda_graph is not None:
         general["CUDA_GRAPH"] = "on" if cuda_graph else "off"

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from ..data import from_uint8, to_uint8
 from ..errors import ConfigError, DatasetError
+from .graphs import replayed
 from .identity import model_fingerprint
 from .images import save_png
 from .inputs import ImageSet, Part, open_images
@@ -149,10 +150,11 @@ def decode_to_folder(
         raise ConfigError(f"{directory}: already exists and is not empty; give the images another folder.")
     directory.mkdir(parents=True, exist_ok=True)
     names = iter(enumerate(latents.names))
+    decode = replayed(model, lambda *parts: to_uint8(model.decode(parts)[0]))
     with tqdm(total=len(latents), unit=" images", disable=None if progress else True) as bar:
         for batch in latents.batches(batch_size):
             _check_shapes(model, batch, latents.path)
-            images = to_uint8(model.decode([part.to(next(model.parameters())) for part in batch])[0])
+            images = decode(*(part.to(next(model.parameters())) for part in batch))
             for image in images.cpu():
                 index, name = next(names)
                 save_png(image, directory / f"{index:06d}_{_safe_stem(name)}.png")
@@ -167,10 +169,11 @@ def _encode(
     """The tensors of one file, and how its images come back."""
     batches: list[dict[str, Tensor]] = []
     round_trips = []
+    encode, decode = replayed(model, model.encode), replayed(model, lambda *latents: model.decode(latents)[0])
     for image_names, images in source.batches(positions, batch_size):
         x = from_uint8(images).to(next(model.parameters()))
-        latents, log_det = model.encode(x)
-        decoded = model.decode(latents)[0]
+        latents, log_det = encode(x)
+        decoded = decode(*latents)
         errors = (decoded - x).abs().flatten(1) * _STEPS
         # A pixel that is not a number becomes black, and may have been black.
         same = (to_uint8(decoded).cpu() == images) & decoded.isfinite().cpu()

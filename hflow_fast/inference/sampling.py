@@ -7,7 +7,7 @@ import os
 import uuid
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Iterable, Sequence
+from typing import Any, Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from ..data import to_uint8
 from ..errors import ConfigError
+from .graphs import replayed
 from .identity import model_fingerprint
 from .images import image_grid, read_png, save_png
 
@@ -73,10 +74,17 @@ def draw_samples(
     """
     indices = range(samples) if isinstance(samples, int) else samples
     batches = [indices[start:start + batch_size] for start in range(0, len(indices), batch_size)]
-    images = [to_uint8(model.decode(draw_latents(model, batch, std=std, seed=seed))[0]).cpu() for batch in batches]
+    decode = _decoder(model)
+    images = [decode(*draw_latents(model, batch, std=std, seed=seed)).cpu() for batch in batches]
     return torch.cat([torch.empty(0, 3, model.resolution, model.resolution, dtype=torch.uint8), *images])
 
 
+def _decoder(model: nn.Module) -> Callable[..., Tensor]:
+    """Latents, each an argument, → 8-bit images on the device."""
+    return replayed(model, lambda *latents: to_uint8(model.decode(latents)[0]))
+
+
+@torch.no_grad()
 def write_samples(
     model: nn.Module,
     directory: str | os.PathLike[str],
@@ -118,6 +126,7 @@ def write_samples(
     _claim(directory, {"model": model_fingerprint(model), "std": model.latent_stds(std), "seed": seed})
     share = range(count * rank // world_size, count * (rank + 1) // world_size)
     missing = [index for index in share if not _path(directory, index).exists()]
+    decode = _decoder(model)
     with (
         ThreadPoolExecutor(_PNG_THREADS) as pool,
         tqdm(total=len(share), initial=len(share) - len(missing), unit=" images",
@@ -126,7 +135,7 @@ def write_samples(
         writing: list[Future[None]] = []
         for start in range(0, len(missing), batch_size):
             batch = missing[start:start + batch_size]
-            images = draw_samples(model, batch, std=std, seed=seed, batch_size=batch_size)
+            images = decode(*draw_latents(model, batch, std=std, seed=seed)).cpu()
             _finish(writing)  # the files of the batch before were written while this one was drawn
             writing = [pool.submit(save_png, image, _path(directory, index)) for image, index in zip(images, batch)]
             bar.update(len(batch))

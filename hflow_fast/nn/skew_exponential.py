@@ -25,8 +25,8 @@ _COMBINATIONS = (
 )
 _ON_IDENTITY = {2: -1.09676396052962061844e01, 3: -9.04316832390810593223e-02}
 
-# Largest norm for the series, whose remainder is a relative change of the matrix below rounding (ibid., Table 1). What is
-# planned for is lower, so that a matrix may grow between two looks at its norm.
+# Largest norm for the series, whose remainder is a relative change of the matrix below rounding (ibid., Table 1). What
+# is planned for is lower, so that a matrix may grow between two looks at its norm.
 _REACH = {torch.float32: 3.01, torch.float64: 1.09}
 _PLANNED = 0.9
 _SMALL = 64  # channels up to which float64 costs nothing beside the launches
@@ -55,8 +55,8 @@ class Squarings:
         """
         if bound.is_cuda and torch.cuda.is_current_stream_capturing():
             if self._number is None:
-                raise RuntimeError("skew_exponential: evaluate the layer once before capturing it in a CUDA graph, so that "
-                                   "the size of its matrices is known.")
+                raise RuntimeError("skew_exponential: evaluate the layer once before capturing it in a CUDA graph, so "
+                                   "that the size of its matrices is known.")
             self._captured = bound, dtype
         elif self._number is None or not bound.is_cuda or not torch.is_grad_enabled():
             self._number, self._arriving = _needed(float(bound), dtype), None
@@ -89,15 +89,15 @@ class Squarings:
 def skew_exponential(generator: Tensor, squarings: Squarings | None = None) -> Tensor:
     """exp(A − Aᵀ): a rotation for any A; its inverse is its transpose.
 
-    Scaling and squaring of the Taylor series of degree 18 (Moler & Van Loan, SIAM Review 2003, method 3), differentiated
-    step by step, where torch.matrix_exp's gradient takes an exponential of twice the size. A skew matrix S is normal, so
-    its 2-norm, which sets the scaling, is far below its 1-norm for large random matrices, and close to a bound by the
-    moments of S⁶: fewer squarings, less rounding. Matrix products are IEEE ones in both passes, whatever the program
-    allows elsewhere: rotations of TF32 are off by a tenth.
+    Scaling and squaring of the Taylor series of degree 18 (Moler & Van Loan, SIAM Review 2003, method 3),
+    differentiated step by step, where torch.matrix_exp's gradient takes an exponential of twice the size. A skew matrix
+    S is normal, so its 2-norm, which sets the scaling, is far below its 1-norm for large random matrices, and close to
+    a bound by the moments of S⁶: fewer squarings, less rounding. Matrix products are IEEE ones in both passes, whatever
+    the program allows elsewhere: rotations of TF32 are off by a tenth.
 
     Args:
-        generator: A, (…, C, C). A stack is one batched call. Half precision is computed in float32, and up to 64 channels
-            everything is computed in float64 and rounded once.
+        generator: A, (…, C, C). A stack is one batched call. Half precision is computed in float32, and up to 64
+            channels everything is computed in float64 and rounded once.
         squarings: what is remembered between calls with the same parameter; with it, training does not wait for the
             device. None reads the norm.
 
@@ -150,10 +150,14 @@ class _Exponential(torch.autograd.Function):
             of_combinations = torch.stack([of_ninth @ combinations[4].mT, gradient, of_outer, of_ninth,
                                            combinations[0].mT @ of_ninth])
             of_first, of_second, of_third, of_sixth = _mix(factors.mT, of_combinations)
-            of_third = of_third + _both_sides(third, of_sixth)
-            of_second = torch.baddbmm(of_second, of_third, skew.mT)
-            of_first = torch.baddbmm(of_first, second.mT, of_third)
-            return of_first + _both_sides(skew, of_second), None
+            # Even powers stay symmetric and odd ones skew, so that only this part of their gradients counts, and
+            # H·S + S·H for a symmetric H is one product less its transpose.
+            half = (of_sixth + of_sixth.mT) @ third
+            of_third = (of_third - of_third.mT).sub_(half).add_(half.mT).mul_(0.5)
+            of_second.baddbmm_(of_third, skew, alpha=-1.0)
+            of_first.baddbmm_(second, of_third)
+            half = (of_second + of_second.mT) @ skew
+            return of_first.sub_(half, alpha=0.5).add_(half.mT, alpha=0.5), None
 
 
 def _powers(skew: Tensor) -> tuple[Tensor, ...]:
@@ -177,15 +181,15 @@ def _roots(powers: tuple[Tensor, ...], factors: Tensor, squarings: int) -> tuple
 def _orthogonalized(rotation: Tensor) -> Tensor:
     """A step of Newton & Schulz towards RᵀR = I, since R's log-det is taken to be exactly 0.
 
-    Each squaring doubles what rounding left over; this squares it. To first order it changes nothing along rotations, so
-    gradients pass it by.
+    Each squaring doubles what rounding left over; this squares it. To first order it changes nothing along rotations,
+    so gradients pass it by.
     """
     return torch.baddbmm(rotation, rotation, rotation.mT @ rotation, beta=1.5, alpha=-0.5)
 
 
 def _both_sides(matrix: Tensor, gradient: Tensor) -> Tensor:
     """The gradient of M in M², given that of M²."""
-    return torch.baddbmm(gradient @ matrix.mT, matrix.mT, gradient)
+    return (gradient @ matrix.mT).baddbmm_(matrix.mT, gradient)
 
 
 def _mix(factors: Tensor, stack: Tensor) -> Tensor:
@@ -214,7 +218,7 @@ def _needed(bound: float, dtype: torch.dtype) -> int:
 @functools.lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def _factors(squarings: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """_COMBINATIONS for S/2^squarings in terms of the powers of S. Kept on the device: copying there would wait for it."""
+    """_COMBINATIONS for S/2^squarings in terms of S's powers. Kept on the device: copying there would wait for it."""
     scales = [0.5 ** (squarings * power) for power in _POWERS]
     rows = [[value * scale for value, scale in zip(row, scales)] for row in _COMBINATIONS]
     return torch.tensor(rows, dtype=dtype, device=device)

@@ -14,6 +14,7 @@ _FIXED = {
     "GENERAL.SAMPLES_PER_GRAD_EVAL": "it decides which step is in which epoch",
     "GENERAL.DISCRETIZATION_BITS": "it decides what is modelled",
     "GENERAL.RESIZE_DATA_TO": "it decides what is modelled",
+    "GENERAL.LOAD_CHECKPOINT": "training has begun from it",
 }
 _MODEL = "MODEL_PARAMETERS"
 

@@ -27,7 +27,7 @@ from .._files import replacing
 from ..errors import CheckpointError
 from .rotation import checkpoint_files
 
-__all__ = ["Checkpoint", "load_model", "load_weights", "read_checkpoint", "save_checkpoint"]
+__all__ = ["Checkpoint", "load_initial_weights", "load_model", "load_weights", "read_checkpoint", "save_checkpoint"]
 
 _FORMAT = "hflow_fast checkpoint"
 _VERSION = 1  # raised when a file can no longer be read by the code before
@@ -174,12 +174,33 @@ def load_model(
     from ..models import HFlow  # the models are loaded only when one is needed: other commands start faster
 
     checkpoint = read_checkpoint(path, "model", *(["average"] if average else []))
+    model = HFlow.from_config(checkpoint.config)
+    load_weights(model, _weights(checkpoint), checkpoint.path)
+    return model.to(device).eval(), checkpoint.config
+
+
+def load_initial_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Gives ``model`` the weights of a checkpoint, the averaged ones where it has them, to train it further.
+
+    Args:
+        path: a checkpoint file, or a run directory.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or of another architecture.
+    """
+    checkpoint = read_checkpoint(path, "model", "average")
+    try:
+        model.load_state_dict(_weights(checkpoint))
+    except RuntimeError as error:
+        raise CheckpointError(f"{checkpoint.path}: its model is another one than that to be trained; start from a model "
+                              "of equal MODEL_PARAMETERS.") from error
+
+
+def _weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
     weights = checkpoint.average or checkpoint.model
     if weights is None:
         raise CheckpointError(f"{checkpoint.path}: holds no model.")
-    model = HFlow.from_config(checkpoint.config)
-    load_weights(model, weights, checkpoint.path)
-    return model.to(device).eval(), checkpoint.config
+    return weights
 
 
 def _unpack(data: Tensor, path: Path) -> dict[str, Any]:

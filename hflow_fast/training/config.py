@@ -67,20 +67,13 @@ class GeneralConfig(Section):
     """TorchScript feature extractor of the FID; without one there is no FID."""
     num_gpus: Count = 1
     """Processes that the configuration was made for; how many there are is decided by ``torchrun``."""
-    load_checkpoint: None = None
-    """Of the original's training script, which starts from weights alone; a run goes on with ``--resume``."""
+    load_checkpoint: str | None = None
+    """Checkpoint or run whose weights, the averaged ones where it has them, a new run starts from; null: random ones."""
 
-    @field_validator("dataset_name", "dataset_path", "inception_net_path", mode="before")
+    @field_validator("dataset_name", "dataset_path", "inception_net_path", "load_checkpoint", mode="before")
     @classmethod
     def _empty_is_none(cls, value: Any) -> Any:
         return None if value == "" else value  # the original's script writes "" for what was not given
-
-    @field_validator("load_checkpoint", mode="before")
-    @classmethod
-    def _refuse_load_checkpoint(cls, value: Any) -> None:
-        if value not in (None, ""):
-            raise ValueError("not supported, as it would start from weights alone; remove it, and continue a run "
-                             "with --resume")
 
     @model_validator(mode="after")
     def _check(self) -> GeneralConfig:

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import Result
 
 from hflow_fast.configs import load_config
@@ -55,6 +56,32 @@ def test_runs_without_a_name_are_numbered(data: Path, tmp_path: Path, monkeypatc
         assert f"runs/tiny-16-{number}: training tiny-16" in result.output
         assert saved_step(Path("runs") / f"tiny-16-{number}") == 1
     assert_one_line_error(hflow_fast("train", "--resume"), "--run")
+
+
+def test_a_new_run_starts_from_the_averaged_weights_of_another(data: Path, run: Path, tmp_path: Path) -> None:
+    start = ("train", "--config", "tiny-16", "--data", data, "--steps", 1, "--init-from")
+    result = hflow_fast(*start, run, "--run", tmp_path / "tuned")
+    assert result.exit_code == 0, result.output
+    expected = read_checkpoint(run, "average").average
+    first = read_checkpoint(tmp_path / "tuned" / "checkpoints" / "step_00000000.safetensors", "model", "average")
+    for weights in (first.model, first.average):
+        assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+    tuned = ("train", "--run", tmp_path / "tuned", "--resume", "--steps", 2)
+    assert_one_line_error(hflow_fast(*tuned, "--init-from", tmp_path / "other"), "LOAD_CHECKPOINT", "training has begun")
+    assert hflow_fast(*tuned, "--config", "tiny-16").exit_code == 0  # a preset, which does not name it, changes nothing
+    assert_one_line_error(hflow_fast(*start, tmp_path / "nowhere", "--run", tmp_path / "new"), "nowhere")
+    assert not (tmp_path / "new").exists()
+
+
+def test_weights_of_another_architecture_are_refused(data: Path, run: Path, tmp_path: Path) -> None:
+    config = load_config("tiny-16")
+    config["MODEL_PARAMETERS"]["NUM_LAYERS"][0] += 2
+    (tmp_path / "deeper.json").write_text(json.dumps(config))
+    result = hflow_fast("train", "--config", tmp_path / "deeper.json", "--data", data, "--run", tmp_path / "new",
+                        "--init-from", run)
+    assert_one_line_error(result, "MODEL_PARAMETERS")
+    assert not (tmp_path / "new").exists()
 
 
 def test_an_existing_run_is_not_touched(data: Path, run: Path) -> None:

@@ -60,7 +60,7 @@ def test_batches_make_no_difference(model: HFlow) -> None:
 def test_files_go_on_where_they_stopped(model: HFlow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     assert write_samples(model, whole, 9, std=0.8, seed=2, batch_size=4) == 9
-    expected = draw_samples(model, 9, std=0.8, seed=2)
+    expected = draw_samples(model, 9, std=0.8, seed=2, batch_size=4)
     assert torch.equal(torch.stack([read_png(whole / f"{index:06d}.png") for index in range(9)]), expected)
 
     real, calls = sampling.draw_samples, []

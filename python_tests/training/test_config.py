@@ -25,7 +25,6 @@ def test_reads_the_keys_of_the_original() -> None:
     ({"GRAD_CLIP": float("nan")}, ["GENERAL.GRAD_CLIP"]),
     ({"DISCRETIZATION_BITS": "eight"}, ["GENERAL.DISCRETIZATION_BITS", "'eight'"]),
     ({"STEPS": None}, ["EPOCHS", "STEPS", "HOURS"]),
-    ({"LOAD_CHECKPOINT": "old/"}, ["GENERAL.LOAD_CHECKPOINT", "--resume"]),
 ])
 def test_bad_values_name_their_key(changes: dict[str, Any], words: list[str]) -> None:
     with pytest.raises(ConfigError) as error:
@@ -47,7 +46,7 @@ def test_unknown_and_missing_sections() -> None:
 
 def test_what_the_original_writes_for_nothing_is_none() -> None:
     general = TrainConfig.from_config(tiny_config(
-        DATASET_NAME="", INCEPTION_NET_PATH="", LOAD_CHECKPOINT=None, GRAD_CLIP=-1.0)).general
+        DATASET_NAME="", INCEPTION_NET_PATH="", LOAD_CHECKPOINT="", GRAD_CLIP=-1.0)).general
     assert general.dataset_name is general.inception_net_path is general.load_checkpoint is None
     assert general.grad_clip == -1.0
 

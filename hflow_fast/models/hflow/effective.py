@@ -77,7 +77,7 @@ class EffectiveWeights:
             torch.autograd.backward(*zip(*pairs))
 
     def collect(self) -> None:
-        """Adds the gradients of the last pass to the sums, in few launches, where autograd would take one per tensor."""
+        """Adds the last pass's gradients to the sums, in few launches, where autograd would take one per tensor."""
         if torch.compiler.is_compiling() or self._leaves is None:
             return
         totals, gradients = [], []
