@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Everything that wants a GPU, in one command and about 10 minutes: build with CUDA, C++ tests, the tests marked cuda,
-# op timings, and last, for as long as it takes, compute-sanitizer.
+# op timings, training and sampling beside the original, and last, for as long as it takes, compute-sanitizer.
 #   benchmarks/gpu.sh [FOLDER]     FOLDER defaults to $OUT, then to runs/gpu; every step leaves its log there
+# ORIGINAL names a checkout of https://github.com/timoneh/hflow (absolute, or seen from here: the repository's root); without one
+# there is no comparison.
 # Needs nvcc and a torch built with CUDA; PYTHON chooses the interpreter. Goes on after a failed step; the end tells.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -56,6 +58,15 @@ step bench 240 "$python" -m hflow_fast bench --device cuda --repeats 15 --no-com
   --plot "$out/ops.png" --markdown "$out/benchmarks.md"
 step bench-compile 200 "$python" -m hflow_fast bench --device cuda --ops coupling,flow_step,glow_step --cases 4×3×128 \
   --results "$out/compile"
+
+if [ -n "${ORIGINAL:-}" ]; then
+  step vs-original 150 "$python" benchmarks/vs_original.py --original "$ORIGINAL" --device cuda --repeats 10 \
+    --results "$out"
+  step vs-original-fp32 100 "$python" benchmarks/vs_original.py --original "$ORIGINAL" --device cuda --repeats 5 \
+    --precision fp32 --only training,sampling --modes prepared,graph --results "$out"
+else
+  say "skipped the comparison with the original: ORIGINAL does not name a checkout"
+fi
 
 if command -v compute-sanitizer > /dev/null; then
   for tool in memcheck racecheck initcheck; do

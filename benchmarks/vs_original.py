@@ -12,8 +12,8 @@ First, losses and every gradient are compared, without noise, in float64. Then a
 - memory: peak of a training step in a process of its own, above what the imports take.
 
 Ours comes in modes: plain (every pass computes its own weights), prepared (once per step, as the trainer does),
-channels_last (prepared, with weights and so everything else in that format) and compile (prepared, passes through
-torch.compile). On a GPU both sides may use TF32, as the original does, unless
+channels_last (prepared, with weights and so everything else in that format), graph (prepared, and replayed from CUDA
+graphs, where there are any) and compile (prepared, passes through torch.compile). On a GPU both sides may use TF32, as the original does, unless
 --precision fp32. The original with torch.compile, --compile, takes half an hour to compile on a CPU.
 """
 
@@ -31,7 +31,7 @@ import subprocess
 import sys
 import time
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -39,8 +39,10 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from hflow_fast._replay import WARM_UP, Replay, cuda_recorder
 from hflow_fast.bench.results import provenance
 from hflow_fast.configs import load_config
+from hflow_fast.inference.graphs import replayed
 from hflow_fast.models import HFlow
 from hflow_fast.models.hflow.original import original_names
 from hflow_fast.training.config import TrainConfig
@@ -48,7 +50,8 @@ from hflow_fast.training.ema import update_average
 from hflow_fast.training.optimizer import build_optimizer, clip_and_step
 
 RESULTS = Path(__file__).parent / "results" / "model"
-MODES = ("plain", "prepared", "channels_last", "compile")
+MODES = ("plain", "prepared", "channels_last", "graph", "compile")
+DEFAULT_MODES = ["plain", "prepared", *(["graph"] if torch.cuda.is_available() else [])]
 WORKS = ("training", "sampling", "encoding", "memory")
 QUANTILES = (20, 50, 80)
 EMA_WEIGHT = 0.005
@@ -134,22 +137,40 @@ class Ours:
         self.loss = torch.compile(model.loss) if compiled else model.loss
         self.encode = torch.compile(model.encode) if compiled else model.encode
         self.sample = torch.compile(model.sample) if compiled else model.sample
+        graphs = mode == "graph" and next(model.parameters()).device.type == "cuda"
+        self.replay: Replay[Tensor] = Replay(cuda_recorder if graphs else None, name="training", required=True)
+        if mode == "graph":
+            self.encode = replayed(model, model.encode)
+            self.decode = replayed(model, lambda *latents: model.decode(latents)[0])
+            self.sample = self._sample_from_graph
 
     def training(self, parts: list[Tensor]) -> None:
         self.model.train()
+        self.replay.run(self._work, parts, self.model.launch_choices(),
+                        lambda: [*self.model.parameters(), *self.average.parameters()])  # fmt: skip
+
+    def _work(self, parts: Sequence[Tensor]) -> Generator[Callable[[], object], None, Tensor]:
+        """A step in the legs of hflow_fast._replay; in any mode but graph it is simply done."""
         total = torch.zeros((), device=parts[0].device)
         with contextlib.nullcontext() if self.mode == "plain" else self.model.prepared():
             for part in parts:
+                yield lambda: None
                 loss = self.loss(part).mean() / len(parts)
                 loss.backward()
                 total += loss.detach()
         clip_and_step(self.optimizer, total, self.general.grad_clip)
         update_average(self.average, self.model, EMA_WEIGHT)
+        return total
 
     @torch.no_grad()
     def sampling(self, count: int) -> Tensor:
         self.model.eval()
         return self.sample(count, 0.8).cpu()
+
+    def _sample_from_graph(self, count: int, std: float) -> Tensor:
+        device = next(self.model.parameters()).device
+        return self.decode(*(torch.randn(count, *shape, device=device) * scale
+                             for shape, scale in zip(self.model.latent_shapes, self.model.latent_stds(std))))  # fmt: skip
 
     @torch.no_grad()
     def encoding(self, images: Tensor) -> list[Tensor]:
@@ -235,9 +256,10 @@ def clock(function: Callable[[], Any], device: torch.device) -> float:
 
 
 def time_in_turn(functions: Mapping[str, Callable[[], Any]], options: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of every side, --repeats times, one after the other, after one call each to warm up."""
+    """Seconds of every side, --repeats times, one after the other, after calls to warm up."""
     for function in functions.values():
-        clock(function, options.device)
+        for _ in range(WARM_UP + 2 if options.device.type == "cuda" else 1):
+            clock(function, options.device)
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(options.repeats):
         for name, function in functions.items():
@@ -284,7 +306,7 @@ def own_memory(side: str, options: argparse.Namespace) -> float:
         runner = Ours(model, options.settings, side)
     if options.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    for _ in range(2):
+    for _ in range(WARM_UP + 2 if side == "graph" else 2):
         runner.training(parts_of(options))
     gc.collect()
     return torch.cuda.max_memory_allocated() / 2**20 if options.device.type == "cuda" else resident("VmHWM") - before
@@ -369,7 +391,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4, help="images of a micro-batch")
     parser.add_argument("--groups", type=int, default=4, help="micro-batches of an optimizer step")
     parser.add_argument("--only", type=names(WORKS), default=list(WORKS), help=f"of {', '.join(WORKS)}")
-    parser.add_argument("--modes", type=names(MODES), default=["plain", "prepared"], help=f"of {', '.join(MODES)}")
+    parser.add_argument("--modes", type=names(MODES), default=DEFAULT_MODES, help=f"of {', '.join(MODES)}")
     parser.add_argument("--compile", action="store_true", help="also the original under torch.compile (slow)")
     parser.add_argument("--repeats", type=int, default=5)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -63,15 +63,15 @@ def test_files_go_on_where_they_stopped(model: HFlow, tmp_path: Path, monkeypatc
     expected = draw_samples(model, 9, std=0.8, seed=2, batch_size=4)
     assert torch.equal(torch.stack([read_png(whole / f"{index:06d}.png") for index in range(9)]), expected)
 
-    real, calls = sampling.draw_samples, []
+    real, calls = sampling.draw_latents, []
 
-    def fail_third(*arguments: object, **options: object) -> torch.Tensor:
+    def fail_third(*arguments: object, **options: object) -> list[torch.Tensor]:
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
         return real(*arguments, **options)
 
-    monkeypatch.setattr(sampling, "draw_samples", fail_third)
+    monkeypatch.setattr(sampling, "draw_latents", fail_third)
     with pytest.raises(KeyboardInterrupt):
         write_samples(model, torn, 9, std=0.8, seed=2, batch_size=4)
     assert set(contents(torn)) == {"samples.json", *(f"{index:06d}.png" for index in range(8))}
