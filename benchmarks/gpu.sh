@@ -2,8 +2,8 @@
 # Everything that wants a GPU, in one command and about 10 minutes: build with CUDA, C++ tests, the tests marked cuda,
 # op timings, training and sampling beside the original, and last, for as long as it takes, compute-sanitizer.
 #   benchmarks/gpu.sh [FOLDER]     FOLDER defaults to $OUT, then to runs/gpu; every step leaves its log there
-# ORIGINAL names a checkout of https://github.com/timoneh/hflow (absolute, or seen from here: the repository's root); without one
-# there is no comparison.
+# ORIGINAL names a checkout of https://github.com/timoneh/hflow, absolute or seen from the repository's root; without
+# one there is no comparison.
 # Needs nvcc and a torch built with CUDA; PYTHON chooses the interpreter. Goes on after a failed step; the end tells.
 set -uo pipefail
 cd "$(dirname "$0")/.."

@@ -13,8 +13,9 @@ First, losses and every gradient are compared, without noise, in float64. Then a
 
 Ours comes in modes: plain (every pass computes its own weights), prepared (once per step, as the trainer does),
 channels_last (prepared, with weights and so everything else in that format), graph (prepared, and replayed from CUDA
-graphs, where there are any) and compile (prepared, passes through torch.compile). On a GPU both sides may use TF32, as the original does, unless
---precision fp32. The original with torch.compile, --compile, takes half an hour to compile on a CPU.
+graphs, where there are any) and compile (prepared, passes through torch.compile). On a GPU both sides may use TF32, as
+the original does, unless --precision fp32. The original with torch.compile, --compile, takes half an hour to compile on
+a CPU.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Work whose launches are recorded once and replayed: on a GPU, as CUDA graphs.
 
-The work is a generator function. What it does between two ``yield``s, a leg, is recorded; what it yields is called on the
-host, between the legs, each time: to seed the noise anew, to exchange gradients with other processes. So a random number
-generator has the state in each leg that it would have without a recording: a graph takes one seed per replay, and here a
-leg is a graph. One training step is then as many launches as it has passes, and one or two more.
+The work is a generator function. What it does between two ``yield``s, a leg, is recorded; what it yields is called on
+the host, between the legs, each time: to seed the noise anew, to exchange gradients with other processes. So a random
+number generator has the state in each leg that it would have without a recording: a graph takes one seed per replay,
+and here a leg is a graph. One training step is then as many launches as it has passes, and one or two more.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["Leg", "Recorder", "Replay", "cuda_recorder"]
 T = TypeVar("T")
 Work = Generator[Callable[[], object], None, T]
 
-WARM_UP = 3  # times the work is done before it is recorded: libraries choose algorithms, and optimizers make their state
+WARM_UP = 3  # times the work is done before it is recorded: libraries choose algorithms, optimizers make their state
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -43,7 +43,7 @@ def cuda_recorder() -> Recorder:
     @contextmanager
     def record() -> Iterator[Leg]:
         graph = torch.cuda.CUDAGraph()
-        # Other threads, as NCCL's, go on asking the device whether it has finished, which a graph of this thread allows.
+        # Other threads, as NCCL's, go on asking the device whether it has finished, which this mode allows.
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             yield graph
 

@@ -34,8 +34,8 @@ __all__ = ["train"]
 @click.option("--batch-size", type=click.IntRange(min=1), help="Images per forward pass (BATCH_SIZE); gradients are "
               "accumulated over SAMPLES_PER_GRAD_EVAL images, or this many if it is more.")
 @click.option("--seed", type=click.IntRange(min=0), help="Of weights, data order and noise.")
-@click.option("--cuda-graph/--no-cuda-graph", default=None, help="On a GPU, replay each step from CUDA graphs, or launch "
-              "it piece by piece.  [default: graphs, unless they cannot be captured]")
+@click.option("--cuda-graph/--no-cuda-graph", default=None, help="On a GPU, replay each step from CUDA graphs, or "
+              "launch it piece by piece.  [default: graphs, unless they cannot be captured]")
 @device_option
 @threads_option
 def train(

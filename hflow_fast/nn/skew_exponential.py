@@ -66,8 +66,8 @@ class Squarings:
         return self._number
 
     def follow(self) -> int | None:
-        """The number that the next exponential will have. To be asked between replays of a CUDA graph of the layer, whose
-        norms it watches without waiting for the device."""
+        """The number that the next exponential will have; between replays of a CUDA graph of the layer, it watches the
+        norms that they leave behind, without waiting for the device."""
         if self._captured is not None:
             self._look(*self._captured)
         return self._number

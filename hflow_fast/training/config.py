@@ -50,7 +50,7 @@ class GeneralConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Of weights, data order and noise."""
     cuda_graph: Literal["auto", "on", "off"] = "auto"
-    """On a GPU, replay each step from CUDA graphs: "auto" does without where they cannot be captured, "on" ends there."""
+    """On a GPU, replay each step from CUDA graphs: where they cannot be captured, "auto" does without, "on" ends."""
     epochs: Count | None = None
     """Passes over the training images. Training ends at the first of epochs, steps and hours that is given."""
     steps: Count | None = None

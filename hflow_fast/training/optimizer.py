@@ -16,8 +16,8 @@ __all__ = ["build_optimizer", "clip_and_step", "learning_rates", "restore", "set
 def build_optimizer(groups: Mapping[str, Sequence[nn.Parameter]], config: GeneralConfig) -> torch.optim.Adam:
     """Adam (β 0.9, 0.999) over ``groups`` ("encoders", "flows", "decoders"), at the rates of epoch 0.
 
-    It is the fused implementation: the only one that can skip a step without asking the device for the reason. Rates are
-    tensors on the parameters' device, so that a step recorded in a CUDA graph follows them.
+    It is the fused implementation: the only one that can skip a step without asking the device for the reason. Rates
+    are tensors on the parameters' device, so that a step recorded in a CUDA graph follows them.
     """
     optimizer = torch.optim.Adam(
         [{"params": list(parameters), "role": role} for role, parameters in groups.items()],
@@ -29,7 +29,7 @@ def build_optimizer(groups: Mapping[str, Sequence[nn.Parameter]], config: Genera
 
 
 def restore(optimizer: torch.optim.Adam, state: dict[str, Any]) -> None:
-    """Loads a ``state_dict`` of :func:`build_optimizer`'s result, of any device and version; rates are then to be set."""
+    """Loads a ``state_dict`` of :func:`build_optimizer`'s result, of any device; rates are then to be set."""
     optimizer.load_state_dict(state)
     _own_settings(optimizer)
 

@@ -192,7 +192,9 @@ class Trainer:
         save_checkpoint(self.run.checkpoint, self._raw_config, self.model, self.average, training,
                         {"step": self.step_count, **notes})
 
-    def _work(self, images: Sequence[Tensor], weight: float) -> Generator[Callable[[], object], None, tuple[Tensor, ...]]:
+    def _work(
+        self, images: Sequence[Tensor], weight: float
+    ) -> Generator[Callable[[], object], None, tuple[Tensor, Tensor, Tensor]]:
         """A step on the device, in the legs of :mod:`hflow_fast._replay`: nothing in it asks the device for a value.
 
         Args:
@@ -217,7 +219,7 @@ class Trainer:
         return loss, norm, skipped
 
     def _launches(self, weight: float) -> Hashable:
-        """What the launches of :meth:`_work` depend on, beside the shapes of the images; learning rates do not count."""
+        """What the launches of :meth:`_work` depend on, beside the images' shapes; learning rates do not count."""
         parameters = tuple((parameter.data_ptr(), parameter.requires_grad) for parameter in self.model.parameters())
         choices = getattr(self.model, "launch_choices", tuple)()
         return parameters, choices, weight, len(self._loader.parts)

@@ -48,6 +48,14 @@ def test_a_run_and_its_continuation(data: Path, copy: Path) -> None:
     assert general["STEPS"] == 3 and general["EPOCHS"] is None and general["DATASET_PATH"] == str(data)
 
 
+def test_cuda_graphs_want_a_gpu(data: Path, copy: Path, tmp_path: Path) -> None:
+    start = ("train", "--config", "tiny-16", "--data", data, "--steps", 1, "--device", "cpu")
+    assert_one_line_error(hflow_fast(*start, "--run", tmp_path / "new", "--cuda-graph"), "CUDA_GRAPH", "cpu")
+    assert not (tmp_path / "new").exists()
+    assert hflow_fast("train", "--run", copy, "--resume", "--steps", 3, "--no-cuda-graph").exit_code == 0
+    assert json.loads((copy / "config.json").read_text())["GENERAL"]["CUDA_GRAPH"] == "off"
+
+
 def test_runs_without_a_name_are_numbered(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for number in (1, 2):

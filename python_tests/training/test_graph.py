@@ -191,7 +191,7 @@ def test_recording_can_be_required(tmp_path: Path, make_trainer: MakeTrainer) ->
 
 
 class Watch(TorchDispatchMode):
-    """Refuses what a CUDA graph cannot hold: values read by the host, shapes that depend on data, copies from the host."""
+    """Refuses what a CUDA graph cannot hold: values read by the host, shapes that depend on them, copies from it."""
 
     HOST = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2", "unique_dim",
             "unique_consecutive", "lift_fresh", "bincount", "repeat_interleave", "_linalg_check_errors"}
@@ -211,7 +211,8 @@ class Watch(TorchDispatchMode):
         # Operations on elements take a number of the host as an argument of the kernel; others copy it.
         may = name.rstrip("_") in self.WITH_HOST_SCALARS
         for tensor in [*given, *(value for value in tree_leaves(result) if isinstance(value, Tensor))]:
-            assert tensor.device.type == self.device or (may and tensor.dim() == 0), f"{function} has a tensor of the host"
+            is_number = may and tensor.dim() == 0
+            assert is_number or tensor.device.type == self.device, f"{function} has a tensor of the host"
         return result
 
 
