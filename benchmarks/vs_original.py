@@ -169,9 +169,9 @@ class Ours:
         return self.sample(count, 0.8).cpu()
 
     def _sample_from_graph(self, count: int, std: float) -> Tensor:
-        device = next(self.model.parameters()).device
+        device, stds = next(self.model.parameters()).device, self.model.latent_stds(std)
         return self.decode(*(torch.randn(count, *shape, device=device) * scale
-                             for shape, scale in zip(self.model.latent_shapes, self.model.latent_stds(std))))  # fmt: skip
+                             for shape, scale in zip(self.model.latent_shapes, stds)))  # fmt: skip
 
     @torch.no_grad()
     def encoding(self, images: Tensor) -> list[Tensor]:

@@ -38,8 +38,8 @@ class Squarings:
 
     The number follows from the norm, which lies on the device. On a processor, and while gradients are off, it is read.
     In training on a GPU it is the one that the latest norm to have arrived asks for, with a tenth to spare; an
-    exponential whose norm has outgrown it is NaN, never wrong, and a later call has the new norm. A CUDA graph keeps the
-    number it was captured with, so :meth:`follow` tells when it is time for another.
+    exponential whose norm has outgrown it is NaN, never wrong, and a later call has the new norm. A CUDA graph keeps
+    the number it was captured with, so :meth:`follow` tells when it is time for another.
     """
 
     def __init__(self) -> None:

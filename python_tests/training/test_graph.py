@@ -6,7 +6,7 @@ import logging
 import sys
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterator, Sequence
 
 import pytest
 import torch
@@ -23,6 +23,7 @@ from hflow_fast.models.hflow.affines import StepAffines
 from hflow_fast.nn import skew_exponential
 from hflow_fast.nn.skew_exponential import Squarings
 from hflow_fast.training import RunDirectory, Trainer
+from hflow_fast.training.distributed import Ranks
 from hflow_fast.training.trainer import StepResult
 from hflow_fast.training.window import Window
 
@@ -117,6 +118,29 @@ def test_a_replay_skips_a_step_that_is_not_finite(tmp_path: Path, make_trainer: 
     assert trainer.step().skipped and trainer._replay.is_recorded
     after = state(trainer)[:len(names)]
     assert all(map(torch.equal, after, before))
+
+
+class TwoRanks(Ranks):
+    """Rank 0 of two, the other of which always has the same gradients."""
+
+    def __init__(self) -> None:
+        super().__init__(rank=0, count=2)
+        self.exchanges: list[int] = []
+
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        self.exchanges.append(len(tensors))
+        torch._foreach_mul_(tensors, 2.0)
+
+
+def test_ranks_exchange_gradients_between_replays(tmp_path: Path, make_trainer: MakeTrainer) -> None:
+    trainers = [make_trainer(tmp_path / name, noise=0.1, EMA_WEIGHT=1.0) for name in "ab"]
+    for trainer in trainers:
+        trainer.ranks = TwoRanks()
+        trainer._loader._share = trainer.ranks.share
+    plain, recorded = trainers[0], record(trainers[1])
+    assert_equal_runs(plain, recorded, 4)
+    assert recorded.recordings == 1
+    assert plain.ranks.exchanges == recorded.ranks.exchanges == [4] * 4  # the loss and three gradients
 
 
 def test_results_of_a_step_are_not_those_of_the_next(tmp_path: Path, make_trainer: MakeTrainer) -> None:
