@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from .._replay import Recorder, Replay, cuda_recorder
+from .._replay import Replay, cuda_recorder
 
 __all__ = ["replayed"]
 
 
 def replayed(model: nn.Module, function: Callable[..., Any],
-             new_recorder: Callable[[], Recorder] | None = None) -> Callable[..., Any]:
+             new_recorder: Callable[[], Any] | None = None) -> Callable[..., Any]:
     """``function`` of tensors, such as ``model.decode``, for many batches of one shape; without gradients.
 
     On a GPU it is replayed from a CUDA graph after the first few calls, so that a batch is one launch instead of some
@@ -25,7 +25,7 @@ def replayed(model: nn.Module, function: Callable[..., Any],
         model: whose parameters ``function`` uses.
         function: of tensors; tensors, and tuples and lists of them, are its result. It draws no random numbers and does
             not wait for the device once it has been called with the same parameters.
-        new_recorder: how to record; None: CUDA graphs on a GPU, else not at all.
+        new_recorder: how to record, as ``Replay`` takes it; None: CUDA graphs on a GPU, else not at all.
     """
     if new_recorder is None and next(model.parameters()).device.type == "cuda":
         new_recorder = cuda_recorder
