@@ -31,12 +31,17 @@ __all__ = ["train"]
 @click.option("--hours", type=click.FloatRange(min=0, min_open=True), help="End after this much training time.")
 @click.option("--batch-size", type=click.IntRange(min=1), help="Images per forward pass (BATCH_SIZE); gradients are "
               "accumulated over SAMPLES_PER_GRAD_EVAL images, or this many if it is more.")
+@click.option("--merge-batches", type=click.IntRange(min=1), help="Forward passes that are run as one (MERGE_BATCHES): "
+              "quicker where they leave the device idle, and more memory; the same gradients.")
+@click.option("--memory", type=click.Choice(["store", "recompute"]), help="Keep the activations for the backward pass, or "
+              "compute them again in it (MEMORY): more time, a fraction of the memory; the same gradients.")
 @click.option("--seed", type=click.IntRange(min=0), help="Of weights, data order and noise.")
 @device_option
 @threads_option
 def train(
     config: str | None, data: Path | None, directory: Path | None, resume: bool, steps: int | None, epochs: int | None,
-    hours: float | None, batch_size: int | None, seed: int | None, device: str,
+    hours: float | None, batch_size: int | None, merge_batches: int | None, memory: str | None, seed: int | None,
+    device: str,
 ) -> None:
     """Train a model.
 
@@ -63,7 +68,7 @@ def train(
         with ranks.together():  # all that can be wrong is found out before the run's folder is made
             settings = _settings(config, directory, resume)
             _override(settings.setdefault("GENERAL", {}), data, {"STEPS": steps, "EPOCHS": epochs, "HOURS": hours},
-                      batch_size, seed)
+                      batch_size, {"MERGE_BATCHES": merge_batches, "MEMORY": memory, "SEED": seed})
             general = TrainConfig.from_config(settings).general
             if general.dataset_path is None:
                 raise click.UsageError("give the dataset with --data.")
@@ -140,7 +145,7 @@ def _new_directory(config: str) -> Path:
 
 
 def _override(
-    general: dict[str, Any], data: Path | None, limits: dict[str, Any], batch_size: int | None, seed: int | None
+    general: dict[str, Any], data: Path | None, limits: dict[str, Any], batch_size: int | None, others: dict[str, Any]
 ) -> None:
     """Writes the options that were given over the keys of section GENERAL."""
     if any(limits.values()):
@@ -150,5 +155,4 @@ def _override(
     if batch_size is not None:
         general["BATCH_SIZE"] = batch_size
         general["SAMPLES_PER_GRAD_EVAL"] = max(batch_size, general.get("SAMPLES_PER_GRAD_EVAL", 0))
-    if seed is not None:
-        general["SEED"] = seed
+    general.update((key, value) for key, value in others.items() if value is not None)

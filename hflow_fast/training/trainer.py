@@ -6,6 +6,7 @@ import copy
 import json
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Iterable, Iterator, Mapping
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 
 from ..data import Batches, ImageDataset, Loader, dequantize
 from ..errors import CheckpointError, ConfigError, DatasetError
-from ..nn import initialize_locally
+from ..models import Noise
+from ..nn import initialize_locally, set_recompute
 from .changes import check_changes
 from .checkpoint import load_weights, read_checkpoint, save_checkpoint
 from .config import GeneralConfig, TrainConfig
@@ -23,7 +25,7 @@ from .diagnosis import diagnose
 from .distributed import Ranks, fingerprints
 from .ema import update_average
 from .optimizer import build_optimizer, clip_and_step, set_epoch
-from .randomness import Use, seed_generators
+from .randomness import Use, seed_generators, seeded_generator
 from .rotation import checkpoint_files, keep_checkpoint
 from .run import RunDirectory
 
@@ -75,6 +77,7 @@ class Trainer:
         check_ranks(self.ranks.count, general)
         check_dataset(dataset, model.resolution, general)
         self.model = model.to(device)
+        set_recompute(self.model, general.memory == "recompute")
         self.average = copy.deepcopy(self.model).requires_grad_(False).eval()
         self.dataset = dataset
         self.run = run
@@ -193,11 +196,22 @@ class Trainer:
                         {"step": self.step_count, **notes})
 
     def _passes(self, step: int, parts: Iterable[tuple[int, Tensor]]) -> Iterator[Tensor]:
-        """The losses of passes over images, numbered within the step, each divided by how many make up the step."""
-        for number, images in parts:
+        """The losses of passes over images, numbered within the step, each divided by how many make up the step.
+
+        MERGE_BATCHES of them are run as one, whose loss is their sum.
+        """
+        general, parts = self.config.general, iter(parts)
+        while merged := list(islice(parts, general.merge_batches)):
             # The noise of a pass is the same whichever process has it, and whatever came before.
-            seed_generators(self.device, self.config.general.seed, Use.STEP, step, number)
-            yield self.model.loss(self._dequantize(images)).mean() / len(self._loader.parts)
+            places = [(general.seed, Use.STEP, step, number) for number, _ in merged]
+            if len(merged) == 1:
+                seed_generators(self.device, *places[0])
+                losses = self.model.loss(self._dequantize(merged[0][1]))
+            else:
+                generators = [seeded_generator(self.device, *place) for place in places]
+                images = [self._dequantize(part, own) for (_, part), own in zip(merged, generators)]
+                losses = self.model.loss(torch.cat(images), Noise(generators))
+            yield losses.mean() / (len(self._loader.parts) / len(merged))
 
     def _restore(self) -> None:
         checkpoint = read_checkpoint(self.run.path, "model", "average", "training")
@@ -240,10 +254,10 @@ class Trainer:
         average = {f"the average of {name}": value for name, value in fingerprints(self.average).items()}
         self.ranks.check_equal({"the step": self.step_count, **fingerprints(self.model), **average})
 
-    def _dequantize(self, images: Tensor) -> Tensor:
+    def _dequantize(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         general = self.config.general
         return dequantize(images.to(self.device), bits=general.discretization_bits,
-                          noise_std=general.added_noise_std, flip=general.horizontal_flips)
+                          noise_std=general.added_noise_std, flip=general.horizontal_flips, generator=generator)
 
 
 def check_dataset(dataset: ImageDataset, resolution: int, config: GeneralConfig) -> None:
