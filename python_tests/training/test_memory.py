@@ -47,6 +47,7 @@ def test_recomputing_is_exact_and_may_begin_at_a_resume(tmp_path: Path, dataset_
     first.save()
     more, second = train(dataset_16, tmp_path / "parts", 2, MEMORY="recompute")
     assert second.changes == ["GENERAL.MEMORY: store → recompute"]
+    assert second.model.levels[0].flow.recompute and not first.model.levels[0].flow.recompute
     assert torch.equal(torch.stack([*losses, *more]), torch.stack(expected))
     assert all(torch.equal(one, other) for one, other in zip(second.model.parameters(), whole.model.parameters()))
 
