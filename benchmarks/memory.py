@@ -1,6 +1,6 @@
 """Memory and time of a training pass, with activations stored and recomputed, and with passes merged.
 
-python benchmarks/memory.py [--configs A-256,A-128,demo] [--batch 1] [--merge 1,4] [--repeats 3] [--device cuda] [--dry-run]
+python benchmarks/memory.py [--configs A-256,A-128,demo] [--batch 1] [--merge 1,4] [--repeats 3] [--device cuda]
 
 A pass is forward and backward of --batch images times what is merged, with weights prepared, as the trainer does it.
 
@@ -53,7 +53,8 @@ def kept_bytes(model: HFlow, x: Tensor, setting: tuple[str, int]) -> int:
 def measure(config: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     model = HFlow.from_config(config).to(options.device).train()
-    x = torch.rand(max(options.merge) * options.batch, 3, model.resolution, model.resolution, device=options.device) - 0.5
+    count, resolution = max(options.merge) * options.batch, model.resolution
+    x = torch.rand(count, 3, resolution, resolution, device=options.device) - 0.5
     model.initialize(x[:2] if len(x) > 1 else torch.cat([x, x.flip(-1)]))
     settings = [(memory, merged) for merged in options.merge for memory in ("store", "recompute")]
     rows, times = [], {setting: [] for setting in settings}
