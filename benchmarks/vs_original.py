@@ -12,10 +12,10 @@ First, losses and every gradient are compared, without noise, in float64. Then a
 - memory: peak of a training step in a process of its own, above what the imports take.
 
 Ours comes in modes: plain (every pass computes its own weights), prepared (once per step, as the trainer does),
-channels_last (prepared, with weights and so everything else in that format), graph (prepared, and replayed from CUDA
-graphs, where there are any) and compile (prepared, passes through torch.compile). On a GPU both sides may use TF32, as
-the original does, unless --precision fp32. The original with torch.compile, --compile, takes half an hour to compile on
-a CPU.
+channels_last (prepared, with weights and so everything else in that format), recompute (prepared, activations computed
+again in the backward pass), graph (prepared, and replayed from CUDA graphs, where there are any) and compile (prepared,
+passes through torch.compile). On a GPU both sides may use TF32, as the original does, unless --precision fp32. The
+original with torch.compile, --compile, takes half an hour to compile on a CPU.
 """
 
 from __future__ import annotations
@@ -46,12 +46,13 @@ from hflow_fast.configs import load_config
 from hflow_fast.inference.graphs import replayed
 from hflow_fast.models import HFlow
 from hflow_fast.models.hflow.original import original_names
+from hflow_fast.nn import set_recompute
 from hflow_fast.training.config import TrainConfig
 from hflow_fast.training.ema import update_average
 from hflow_fast.training.optimizer import build_optimizer, clip_and_step
 
 RESULTS = Path(__file__).parent / "results" / "model"
-MODES = ("plain", "prepared", "channels_last", "graph", "compile")
+MODES = ("plain", "prepared", "channels_last", "recompute", "graph", "compile")
 DEFAULT_MODES = ["plain", "prepared", *(["graph"] if torch.cuda.is_available() else [])]
 WORKS = ("training", "sampling", "encoding", "memory")
 QUANTILES = (20, 50, 80)
@@ -131,6 +132,7 @@ class Ours:
     def __init__(self, model: HFlow, config: Mapping[str, Any], mode: str) -> None:
         self.model = model.to(memory_format=torch.channels_last) if mode == "channels_last" else model
         self.mode = mode
+        set_recompute(self.model, mode == "recompute")
         self.general = TrainConfig.from_config(config).general
         self.optimizer = build_optimizer(model.parameter_groups(), self.general)
         self.average = copy.deepcopy(model).requires_grad_(False)

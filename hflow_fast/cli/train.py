@@ -33,6 +33,10 @@ __all__ = ["train"]
 @click.option("--hours", type=click.FloatRange(min=0, min_open=True), help="End after this much training time.")
 @click.option("--batch-size", type=click.IntRange(min=1), help="Images per forward pass (BATCH_SIZE); gradients are "
               "accumulated over SAMPLES_PER_GRAD_EVAL images, or this many if it is more.")
+@click.option("--merge-batches", type=click.IntRange(min=1), help="Forward passes that are run as one (MERGE_BATCHES): "
+              "quicker where they leave the device idle, and more memory; the same gradients.")
+@click.option("--memory", type=click.Choice(["store", "recompute"]), help="Keep the activations for the backward pass, "
+              "or compute them again in it (MEMORY): more time, a fraction of the memory; the same gradients.")
 @click.option("--seed", type=click.IntRange(min=0), help="Of weights, data order and noise.")
 @click.option("--cuda-graph/--no-cuda-graph", default=None, help="On a GPU, replay each step from CUDA graphs, or "
               "launch it piece by piece.  [default: graphs, unless they cannot be captured]")
@@ -40,8 +44,8 @@ __all__ = ["train"]
 @threads_option
 def train(
     config: str | None, data: Path | None, directory: Path | None, resume: bool, init_from: Path | None,
-    steps: int | None, epochs: int | None, hours: float | None, batch_size: int | None, seed: int | None,
-    cuda_graph: bool | None, device: str,
+    steps: int | None, epochs: int | None, hours: float | None, batch_size: int | None, merge_batches: int | None,
+    memory: str | None, seed: int | None, cuda_graph: bool | None, device: str,
 ) -> None:
     """Train a model.
 
@@ -69,7 +73,10 @@ def train(
         with ranks.together():  # all that can be wrong is found out before the run's folder is made
             settings = _settings(config, directory, resume)
             _override(settings.setdefault("GENERAL", {}), data, {"STEPS": steps, "EPOCHS": epochs, "HOURS": hours},
-                      batch_size, seed, init_from, cuda_graph)
+                      batch_size, {
+                          "MERGE_BATCHES": merge_batches, "MEMORY": memory, "SEED": seed,
+                          "LOAD_CHECKPOINT": None if init_from is None else str(init_from.absolute()),
+                          "CUDA_GRAPH": {None: None, True: "on", False: "off"}[cuda_graph]})
             general = TrainConfig.from_config(settings).general
             if general.dataset_path is None:
                 raise click.UsageError("give the dataset with --data.")
@@ -150,8 +157,7 @@ def _new_directory(config: str) -> Path:
 
 
 def _override(
-    general: dict[str, Any], data: Path | None, limits: dict[str, Any], batch_size: int | None, seed: int | None,
-    init_from: Path | None, cuda_graph: bool | None,
+    general: dict[str, Any], data: Path | None, limits: dict[str, Any], batch_size: int | None, others: dict[str, Any]
 ) -> None:
     """Writes the options that were given over the keys of section GENERAL."""
     if any(limits.values()):
@@ -161,9 +167,4 @@ def _override(
     if batch_size is not None:
         general["BATCH_SIZE"] = batch_size
         general["SAMPLES_PER_GRAD_EVAL"] = max(batch_size, general.get("SAMPLES_PER_GRAD_EVAL", 0))
-    if seed is not None:
-        general["SEED"] = seed
-    if init_from is not None:
-        general["LOAD_CHECKPOINT"] = str(init_from.absolute())
-    if cuda_graph is not None:
-        general["CUDA_GRAPH"] = "on" if cuda_graph else "off"
+    general.update((key, value) for key, value in others.items() if value is not None)

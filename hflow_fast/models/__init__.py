@@ -1,5 +1,5 @@
 """Complete models built on the fused layers."""
 
-from .hflow import HFlow, HFlowConfig
+from .hflow import HFlow, HFlowConfig, Noise
 
-__all__ = ["HFlow", "HFlowConfig"]
+__all__ = ["HFlow", "HFlowConfig", "Noise"]

@@ -9,6 +9,7 @@ from .actnorm import ActNorm
 from .container import FlowStep, Sequential
 from .coupling import AffineCoupling
 from .invconv import InvConv1x1
+from .recompute import set_recompute
 from .reshape import Haar, Squeeze
 
 __all__ = [
@@ -21,4 +22,5 @@ __all__ = [
     "Sequential",
     "Squeeze",
     "initialize_locally",
+    "set_recompute",
 ]

@@ -12,7 +12,7 @@ from enum import IntEnum
 import numpy as np
 import torch
 
-__all__ = ["Use", "seed_generators"]
+__all__ = ["Use", "seed_generators", "seeded_generator"]
 
 
 class Use(IntEnum):
@@ -34,9 +34,20 @@ def seed_generators(device: torch.device, seed: int, use: Use, *place: int) -> N
         seed: of the run, at least 0.
         place: the numbers of the piece of work: step, pass within the step, …
     """
-    state = np.random.SeedSequence(seed, spawn_key=(use, *place)).generate_state(1, np.uint64)
-    value = int(state[0])
+    value = _seed_of(seed, use, *place)
     torch.default_generator.manual_seed(value)
     if device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index
         torch.cuda.default_generators[index].manual_seed(value)
+
+
+def seeded_generator(device: torch.device, seed: int, use: Use, *place: int) -> torch.Generator:
+    """A generator of its own, which draws what the global one of ``device`` does after :func:`seed_generators`.
+
+    For pieces of work that are done at the same time.
+    """
+    return torch.Generator(device).manual_seed(_seed_of(seed, use, *place))
+
+
+def _seed_of(seed: int, use: Use, *place: int) -> int:
+    return int(np.random.SeedSequence(seed, spawn_key=(use, *place)).generate_state(1, np.uint64)[0])

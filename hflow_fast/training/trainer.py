@@ -7,6 +7,7 @@ import json
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Callable, Generator, Hashable, Iterator, Mapping, Sequence
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 from .._replay import Replay, cuda_recorder
 from ..data import Batches, ImageDataset, Loader, dequantize
 from ..errors import CheckpointError, ConfigError, DatasetError
-from ..nn import initialize_locally
+from ..models import Noise
+from ..nn import initialize_locally, set_recompute
 from .changes import check_changes
 from .checkpoint import load_weights, read_checkpoint, save_checkpoint
 from .config import GeneralConfig, TrainConfig
@@ -25,7 +27,7 @@ from .diagnosis import diagnose
 from .distributed import Ranks, fingerprints
 from .ema import update_average
 from .optimizer import build_optimizer, clip_and_step, restore, set_epoch
-from .randomness import Use, seed_generators
+from .randomness import Use, seed_generators, seeded_generator
 from .rotation import checkpoint_files, keep_checkpoint
 from .run import RunDirectory
 
@@ -78,6 +80,7 @@ class Trainer:
         check_dataset(dataset, model.resolution, general)
         check_cuda_graph(torch.device(device), general)
         self.model = model.to(device)
+        set_recompute(self.model, general.memory == "recompute")
         self.average = copy.deepcopy(self.model).requires_grad_(False).eval()
         self.dataset = dataset
         self.run = run
@@ -98,7 +101,8 @@ class Trainer:
         self._optimizer = build_optimizer(self.model.parameter_groups(), general)
         batches = Batches(len(dataset.train), general.samples_per_grad_eval, seed=general.seed)
         self._loader = Loader(dataset.train, batches, general.batch_size, device=device, share=self.ranks.share)
-        records = self.device.type == "cuda" and general.cuda_graph != "off"
+        # Merged passes draw from generators of their own, which a graph would keep at the seeds of its capture.
+        records = self.device.type == "cuda" and general.cuda_graph != "off" and general.merge_batches == 1
         self._replay: Replay[tuple[Tensor, Tensor, Tensor]] = Replay(
             cuda_recorder if records else None, name="training", required=general.cuda_graph == "on")
         if checkpoint_files(run.checkpoint.parent):
@@ -205,11 +209,15 @@ class Trainer:
             Loss, gradient norm and whether the step was skipped.
         """
         loss = torch.zeros((), device=self.device)
-        numbers = self.ranks.share(len(self._loader.parts))
+        numbered = zip(self.ranks.share(len(self._loader.parts)), images)
         with getattr(self.model, "prepared", nullcontext)():  # what depends on the weights alone: once for all passes
-            for number, part in zip(numbers, images):
-                yield partial(self._start_noise, number)
-                part_loss = self._pass(part)
+            while passes := list(islice(numbered, self.config.general.merge_batches)):
+                if len(passes) == 1:
+                    number, part = passes[0]
+                    yield partial(self._start_noise, number)
+                    part_loss = self._pass(part)
+                else:
+                    part_loss = self._merged_pass(passes)
                 part_loss.backward()
                 loss += part_loss.detach()
         if self.ranks.count > 1:
@@ -237,6 +245,14 @@ class Trainer:
     def _pass(self, images: Tensor) -> Tensor:
         """The loss of a pass, divided by how many make up the step."""
         return self.model.loss(self._dequantize(images)).mean() / len(self._loader.parts)
+
+    def _merged_pass(self, passes: Sequence[tuple[int, Tensor]]) -> Tensor:
+        """The sum of the losses of several numbered passes, run as one, each with its own noise and statistics."""
+        generators = [seeded_generator(self.device, self.config.general.seed, Use.STEP, self.step_count, number)
+                      for number, _ in passes]
+        images = [self._dequantize(part, own) for (_, part), own in zip(passes, generators)]
+        losses = self.model.loss(torch.cat(images), Noise(generators))
+        return losses.mean() * (len(passes) / len(self._loader.parts))
 
     def _repeated_passes(self) -> Iterator[Tensor]:
         """The passes of the last step, all of them in this process."""
@@ -283,10 +299,10 @@ class Trainer:
         average = {f"the average of {name}": value for name, value in fingerprints(self.average).items()}
         self.ranks.check_equal({"the step": self.step_count, **fingerprints(self.model), **average})
 
-    def _dequantize(self, images: Tensor) -> Tensor:
+    def _dequantize(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         general = self.config.general
         return dequantize(images.to(self.device), bits=general.discretization_bits,
-                          noise_std=general.added_noise_std, flip=general.horizontal_flips)
+                          noise_std=general.added_noise_std, flip=general.horizontal_flips, generator=generator)
 
 
 def check_dataset(dataset: ImageDataset, resolution: int, config: GeneralConfig) -> None:
@@ -311,14 +327,17 @@ def check_dataset(dataset: ImageDataset, resolution: int, config: GeneralConfig)
 
 
 def check_cuda_graph(device: torch.device, config: GeneralConfig) -> None:
-    """Whether the device has the CUDA graphs that the configuration insists on.
+    """Whether the CUDA graphs that the configuration insists on are possible.
 
     Raises:
-        ConfigError: it has not.
+        ConfigError: the device has none, or passes are merged, which cannot be recorded.
     """
     if config.cuda_graph == "on" and device.type != "cuda":
         raise ConfigError(f"GENERAL.CUDA_GRAPH is on, but the device is {device}: train on a CUDA device, or set it to "
                           "auto.")
+    if config.cuda_graph == "on" and config.merge_batches > 1:
+        raise ConfigError(f"GENERAL.CUDA_GRAPH is on, but merged passes (MERGE_BATCHES {config.merge_batches}) cannot be "
+                          "recorded: set one of them to auto or 1.")
 
 
 def check_ranks(count: int, config: GeneralConfig) -> None:

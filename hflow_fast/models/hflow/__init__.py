@@ -3,5 +3,6 @@
 from .bound import LevelTerms, LikelihoodBound
 from .config import EndblockConfig, HFlowConfig
 from .model import HFlow
+from .noise import Noise
 
-__all__ = ["EndblockConfig", "HFlow", "HFlowConfig", "LevelTerms", "LikelihoodBound"]
+__all__ = ["EndblockConfig", "HFlow", "HFlowConfig", "LevelTerms", "LikelihoodBound", "Noise"]

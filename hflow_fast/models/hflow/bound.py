@@ -22,7 +22,7 @@ class LevelTerms:
     log_det: Tensor
     """log|det| of the level's flow, data → latent, (B,)."""
     entropy: Tensor | float
-    """Entropy of the noise on the level's target; 0-dim."""
+    """Entropy of the noise on the level's target, (B,); 0 without noise."""
     dims: int
     """Values per image at this level."""
     weight: float

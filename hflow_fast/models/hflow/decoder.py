@@ -8,10 +8,11 @@ from typing import NamedTuple, Sequence
 import torch
 from torch import Tensor, nn
 
+from ...nn.recompute import Recomputable
 from .architecture import LevelSpec
 from .config import EndblockConfig
 from .layers import EqualConv2d, EqualLinear, Together, instance_norm, merge_residual, upsample
-from .noise import batch_std
+from .noise import Noise, perturb
 from .unet import ParallelUNets, UNet
 
 __all__ = ["CodeDecoder", "Decoded", "LevelDecoder"]
@@ -41,7 +42,7 @@ class CodeDecoder(nn.Module):
         return canvas + code if self.use_code else canvas
 
 
-class LevelDecoder(nn.Module):
+class LevelDecoder(Recomputable):
     """Target below (B, C', R/ratio, R/ratio), style (B, S) and skip from the decoder below → :class:`Decoded`."""
 
     def __init__(self, spec: LevelSpec, style_channels: int) -> None:
@@ -64,19 +65,19 @@ class LevelDecoder(nn.Module):
         self._heads = _AffineHeads([self.start, self.end])
         self.together = self._heads.together
 
-    def perturb(self, target: Tensor) -> Tensor:
+    def perturb(self, target: Tensor, noise: Noise) -> Tensor:
         """The target with the noise that this decoder is trained to be robust to."""
-        return target + torch.randn_like(target) * (batch_std(target) * self.noise) if self.noise else target
+        return perturb(target, self.noise, noise) if self.noise else target
 
     def forward(self, target: Tensor, style: Tensor | None, skip: Tensor | None) -> Decoded:
         x = target
         if self.refine is not None:
-            x = self.refine(x, skip)
+            x = self.part(self.refine, self.refine, x, skip)
         for index, block in enumerate(self.blocks):
             if index and self.normalize_between:
                 x = instance_norm(x)
-            x = block(x, style)
-        return Decoded(*self._heads(x), x)
+            x = self.part(block, block, x, style)
+        return Decoded(*self.part(self, self._heads, x), x)
 
 
 class _Refinement(nn.Module):

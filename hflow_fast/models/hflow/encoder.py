@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...nn.recompute import Recomputable
 from .architecture import LevelSpec
 from .config import EndblockConfig
 from .layers import EqualConv2d, downsample, instance_norm
@@ -27,7 +28,7 @@ class _Halving(nn.Module):
         return _norm_unless_pixel(self.second(_norm_unless_pixel(x)))
 
 
-class LevelEncoder(nn.Module):
+class LevelEncoder(Recomputable):
     """One level of the pyramid: features (B, in, R, R) → (target, features) of the level below.
 
     The target is (B, C, R/ratio, R/ratio), normalised per channel; below the lowest level there is none (the code of
@@ -53,9 +54,9 @@ class LevelEncoder(nn.Module):
         self.features = pointwise(hidden)
 
     def forward(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
-        x = self.halvings[0](x)
+        x = self.part(self.halvings[0], self.halvings[0], x)
         for between, halving in zip(self.between, self.halvings[1:]):
-            x = halving(instance_norm(between(x)))
+            x = self.part(halving, halving, instance_norm(between(x)))
         target = None if self.target is None else instance_norm(self.target(x))
         return target, self.features(x)
 

@@ -14,7 +14,7 @@ from .config import EndblockConfig
 from .coupling_nets import VectorCouplingNet
 from .flow import ConditionalFlow
 from .layers import EqualConv2d, EqualLinear
-from .noise import add_noise, batch_std
+from .noise import Noise, add_noise, perturb
 
 __all__ = ["Endblock", "StyleNetwork"]
 
@@ -58,7 +58,7 @@ class Endblock(nn.Module):
             parts.append(results[-1][0])
         return _joined(results)
 
-    def bound(self, code: Tensor, noise: bool) -> dict[str, LevelTerms]:
+    def bound(self, code: Tensor, noise: Noise) -> dict[str, LevelTerms]:
         """The terms of the bound, one entry per partition.
 
         Each flow sees its own part with noise and cut from the graph, and the parts before it clean: the encoder
@@ -72,10 +72,10 @@ class Endblock(nn.Module):
             terms[f"endblock.{index}"] = LevelTerms(gaussian_log_prob(z, 1.0), log_det, entropy, part.shape[1], 1.0)
         return terms
 
-    def perturb(self, code: Tensor) -> Tensor:
+    def perturb(self, code: Tensor, noise: Noise) -> Tensor:
         """The code with the noise that the decoders are made robust to."""
         parts = code.split(self.partitions, dim=1)
-        return torch.cat([part + torch.randn_like(part) * (batch_std(part) * relative_std)
+        return torch.cat([perturb(part, relative_std, noise)
                           for part, relative_std in zip(parts, self.decoder_noise)], dim=1)
 
     def _context(self, parts: Sequence[Tensor], index: int) -> Tensor | None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Iterable
+from typing import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
+from ...nn.recompute import Recomputable
 from ...ops import CouplingSpec, actnorm, conv1x1, coupling, flow_step
 from .affines import StepAffines
 from .architecture import SCALE_CLAMP
@@ -18,7 +19,7 @@ DENSE_AFFINE = CouplingSpec(scale_map="exp_clip", clamp=SCALE_CLAMP, active="all
 """The maps at both ends, whose parameters a decoder predicts for every pixel."""
 
 
-class ConditionalFlow(nn.Module):
+class ConditionalFlow(Recomputable):
     """[dense affine →] L × (actnorm → coupling → 1 × 1 convolution) [→ dense affine], from image to latent.
 
     Each coupling, and each dense affine, runs in one pass with the channel map that follows it.
@@ -58,7 +59,7 @@ class ConditionalFlow(nn.Module):
         (weight, *weights), (bias, *biases) = maps.weights.unbind(), maps.biases.unbind()
         x, *terms = _affine_then_map(x, start, weight, bias, inverse=True)
         for network, spec, own_context, weight, bias in zip(self.networks, self.specs, contexts, weights, biases):
-            x, term = flow_step(x, network(x, own_context), weight, bias, spec, inverse=True)
+            x, term = self.part(network, _step_of(network, spec), x, own_context, weight, bias)
             terms.append(term)
         if end is not None:
             x, term = coupling(x, end, DENSE_AFFINE, inverse=True)
@@ -101,6 +102,13 @@ def _affine_then_map(x: Tensor, raw: Tensor | None, weight: Tensor, bias: Tensor
     if raw is None:
         return (conv1x1(x, weight, bias),)
     return flow_step(x, raw, weight, bias, DENSE_AFFINE, inverse=inverse)
+
+
+def _step_of(network: nn.Module, spec: CouplingSpec) -> Callable[..., tuple[Tensor, Tensor]]:
+    """A step to the latent, with the channel map that follows it."""
+    def step(x: Tensor, context: Tensor | None, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        return flow_step(x, network(x, context), weight, bias, spec, inverse=True)
+    return step
 
 
 def _sum(terms: list[Tensor], per_pixel: Tensor, x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from .decoder import Decoded, LevelDecoder
 from .encoder import LevelEncoder
 from .flow import ConditionalFlow
 from .layers import EqualConv2d
-from .noise import add_noise
+from .noise import Noise, add_noise
 
 __all__ = ["Level"]
 
@@ -62,15 +62,15 @@ class Level(nn.Module):
         y, log_det = self.flow.inverse(latent, self.context(decoded.features), decoded.start, decoded.end)
         return y, log_det, self._hand_up(decoded)
 
-    def bound(self, target: Tensor, below: Tensor, style: Tensor | None, skip: Tensor | None, *, noise: bool,
+    def bound(self, target: Tensor, below: Tensor, style: Tensor | None, skip: Tensor | None, *, noise: Noise,
               pixel_scale: float) -> tuple[LevelTerms, Tensor | None]:
         """The level's terms of the bound, and features.
 
         The flow's input is cut from the graph: encoders learn through the conditioning path only.
 
         Args:
-            noise: whether noise is sampled: on the target, and in training mode on ``below``. The entropy of the
-                target's noise counts either way.
+            noise: on the target, and in training mode on ``below``. The entropy of the target's noise counts even
+                if none is sampled.
             pixel_scale: factor on the image before it came here, accounted for at the finest level.
         """
         entropy: Tensor | float = 0.0
@@ -78,8 +78,8 @@ class Level(nn.Module):
             noisy = target.detach()
         else:
             noisy, entropy = add_noise(target, self.spec.flow_noise, noise)
-        if noise and self.training:
-            below = self.decoder.perturb(below)
+        if noise.sample and self.training:
+            below = self.decoder.perturb(below, noise)
         z, log_det, features = self.encode(noisy, below, style, skip)
         dims = math.prod(target.shape[1:])
         if self.spec.is_finest:

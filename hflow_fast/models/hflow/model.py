@@ -18,6 +18,7 @@ from .encoder import CodeEncoder
 from .endblock import Endblock, StyleNetwork
 from .layers import EqualConv2d
 from .level import Level
+from .noise import Noise
 from .original import load_original
 
 __all__ = ["HFlow"]
@@ -150,35 +151,38 @@ class HFlow(nn.Module):
             targets.append(target)
         return [*targets[:-1], self.code_encoder(features)]
 
-    def forward(self, x: Tensor, noise: bool = True) -> Tensor:
+    def forward(self, x: Tensor, noise: bool | Noise = True) -> Tensor:
         """:meth:`loss`, so that wrappers of modules (DDP, ``torch.compile``) train the model."""
         return self.loss(x, noise)
 
-    def loss(self, x: Tensor, noise: bool = True) -> Tensor:
+    def loss(self, x: Tensor, noise: bool | Noise = True) -> Tensor:
         """The training loss: each level's bound in its own bits per dimension, times its weight, summed.
 
         In training mode the first call initialises the actnorms from ``x``.
 
         Args:
             x: (B, 3, R, R) in [-0.5, 0.5].
-            noise: False replaces every noise sample by zero; the entropy terms stay.
+            noise: False replaces every noise sample by zero; the entropy terms stay. A :class:`~.noise.Noise` says
+                which images share statistics, and where the samples come from.
 
         Returns:
             (B,).
         """
         return self.bound(x, noise).loss
 
-    def bound(self, x: Tensor, noise: bool = True) -> LikelihoodBound:
+    def bound(self, x: Tensor, noise: bool | Noise = True) -> LikelihoodBound:
         """The bound behind :meth:`loss`, with every level's terms; arguments as there."""
         self._check_images(x)
+        noise = noise if isinstance(noise, Noise) else Noise(sample=noise)
+        noise.check(len(x))
         self._weights.collect()
         with self._weights.kept():
             return self._bound(x, noise)
 
-    def _bound(self, x: Tensor, noise: bool) -> LikelihoodBound:
+    def _bound(self, x: Tensor, noise: Noise) -> LikelihoodBound:
         *targets, code = self._targets(x)
         terms = self.endblock.bound(code, noise)
-        below, style = self._condition(self.endblock.perturb(code) if noise else code)
+        below, style = self._condition(self.endblock.perturb(code, noise) if noise.sample else code)
         skip = None
         for level, target in zip(reversed(self.levels), reversed(targets)):
             terms[level.name], skip = level.bound(target, below, style, skip, noise=noise, pixel_scale=PIXEL_SCALE)
