@@ -9,8 +9,13 @@ import click
 from ..errors import CheckpointError, ConfigError, DatasetError
 from .bench import bench
 from .dataset import dataset
+from .decode import decode
+from .encode import encode
+from .evaluate import evaluate
 from .info import info
+from .interpolate import interpolate
 from .sample import sample
+from .study import study
 from .train import train
 
 __all__ = ["main"]
@@ -35,8 +40,8 @@ class _Group(click.Group):
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(package_name="hflow_fast")
 def main() -> None:
-    """Hierarchical normalizing flows: datasets, training, sampling, timings."""
+    """Hierarchical normalizing flows: datasets, training, what a trained model is used for, timings."""
 
 
-for _command in (bench, dataset, info, sample, train):
+for _command in (bench, dataset, decode, encode, evaluate, info, interpolate, sample, study, train):
     main.add_command(_command)

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Callable, Mapping
 
 import click
 
-__all__ = ["device_option", "threads_option"]
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["batch_size_option", "device_option", "ema_option", "new_file", "sampling_std", "seed_option", "std_option",
+           "threads_option"]
 
 
 def _device(context: click.Context, parameter: click.Parameter, value: str) -> str:
     import torch
 
+    from ..training.distributed import own_device
+
     if value == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        value = "cuda" if torch.cuda.is_available() else "cpu"
     try:
+        value = own_device(value)
         torch.empty(0, device=value)
     except (AssertionError, NotImplementedError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
@@ -32,7 +41,8 @@ def _threads(context: click.Context, parameter: click.Parameter, value: int | No
 def device_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """``--device``, given to the command as a usable device."""
     return click.option("--device", default="auto", callback=_device,
-                        help="cpu, cuda, cuda:1 …; auto takes the GPU if there is one.")(command)
+                        help="cpu, cuda, cuda:1 …; auto takes the GPU if there is one. "
+                        "Under torchrun, cuda is a GPU for each process.")(command)
 
 
 def threads_option(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -40,3 +50,70 @@ def threads_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--threads", type=click.IntRange(min=1), callback=_threads, expose_value=False,
                         help="CPU threads; on a busy machine, fewer than its processors.  "
                              "[default: PyTorch's choice]")(command)
+
+
+def batch_size_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """``--batch-size``."""
+    return click.option("--batch-size", type=click.IntRange(min=1), default=16, help="Images at a time.")(command)
+
+
+def ema_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """``--ema/--no-ema``, given to the command as ``ema``."""
+    return click.option("--ema/--no-ema", default=True,
+                        help="Take the moving average of the weights, or the last ones.")(command)
+
+
+def seed_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """``--seed``."""
+    return click.option("--seed", type=click.IntRange(min=0), default=0,
+                        help="The same seed gives the same images.")(command)
+
+
+class _Std(click.ParamType):
+    name = "STD[,STD…]"
+
+    def convert(
+        self, value: Any, parameter: click.Parameter | None, context: click.Context | None
+    ) -> float | tuple[float, ...]:
+        if not isinstance(value, str):
+            return value
+        try:
+            numbers = tuple(float(word) for word in value.split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not a number or several with commas between them.", parameter, context)
+        if not all(0 <= number < float("inf") for number in numbers):
+            self.fail(f"{value!r}: standard deviations are at least 0.", parameter, context)
+        return numbers[0] if len(numbers) == 1 else numbers
+
+
+def std_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """``--std``, given to the command as a number, several, or None; see :func:`sampling_std`."""
+    return click.option("--std", type=_Std(), help="Standard deviation of the latents: smaller is cleaner, larger more "
+                        "varied. Or one per level, finest first: 0.5,0.7,0.8; a last one more is the endblock's, else 1."
+                        "  [default: SAMPLE_BASE_SIGMA of the configuration]")(command)
+
+
+def sampling_std(
+    model: nn.Module, config: Mapping[str, Any], std: float | tuple[float, ...] | None
+) -> float | tuple[float, ...]:
+    """What ``--std`` says, or else the configuration, once it is known to fit the model.
+
+    Raises:
+        click.BadParameter: it has another number of values than the model takes.
+    """
+    from ..training import OutputConfig
+
+    if std is None:
+        std = OutputConfig.parse(config.get("OUTPUT", {}), "OUTPUT").sample_base_sigma
+    try:
+        model.latent_stds(std)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--std") from None
+    return std
+
+
+def new_file(context: click.Context, parameter: click.Parameter, value: Path) -> Path:
+    """Callback of an option that names a file to make: an existing one is not overwritten."""
+    if os.path.lexists(value):
+        raise click.BadParameter(f"{value} already exists; give another name.")
+    return value

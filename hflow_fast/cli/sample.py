@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
+import os
 from pathlib import Path
 
 import click
 
-from .options import device_option, threads_option
+from .options import (batch_size_option, device_option, ema_option, sampling_std, seed_option, std_option,
+                      threads_option)
 
 __all__ = ["sample"]
 
@@ -16,34 +17,31 @@ __all__ = ["sample"]
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--out", "directory", required=True, type=click.Path(path_type=Path), help="Folder for the images.")
 @click.option("--n", "count", type=click.IntRange(min=1), default=16, help="Number of images.")
-@click.option("--std", type=click.FloatRange(min=0), help="Standard deviation of the latents: smaller is cleaner, "
-              "larger more varied.  [default: SAMPLE_BASE_SIGMA of the configuration]")
-@click.option("--seed", type=click.IntRange(min=0), default=0, help="The same seed gives the same images.")
-@click.option("--ema/--no-ema", default=True, help="Take the moving average of the weights, or the last ones.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=16, help="Images at a time.")
+@std_option
+@seed_option
+@ema_option
+@batch_size_option
 @device_option
 @threads_option
 def sample(
-    checkpoint: Path, directory: Path, count: int, std: float | None, seed: int, ema: bool, batch_size: int,
-    device: str,
+    checkpoint: Path, directory: Path, count: int, std: float | tuple[float, ...] | None, seed: int, ema: bool,
+    batch_size: int, device: str,
 ) -> None:
     """Draw images from a trained model.
 
-    CHECKPOINT is a run's folder or a checkpoint file. Writes grid.png and one PNG per image.
-    """
-    from ..errors import ConfigError
-    from ..training import TrainConfig, load_model
-    from ..inference import draw_samples, image_grid, save_png
+    CHECKPOINT is a run's folder or a checkpoint file. Writes one PNG per image, and grid.png of the first 64.
 
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ConfigError(f"{directory}: already exists; give new images another --out.")
+    Each image depends on the seed and its number alone, not on device or batch size. The same command again goes on
+    where it was interrupted; a larger --n adds images. Under torchrun the processes share the work.
+    """
+    from ..inference import write_samples
+    from ..training import load_model
+
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     model, config = load_model(checkpoint, average=ema, device=device)
-    if std is None:
-        std = TrainConfig.from_config(config).output.sample_base_sigma
-    images = draw_samples(model, count, std=std, seed=seed, batch_size=batch_size)
-    directory.mkdir(parents=True, exist_ok=True)
-    digits = max(4, len(str(count - 1)))
-    for index, image in enumerate(images):
-        save_png(image, directory / f"{index:0{digits}d}.png")
-    save_png(image_grid(images, math.ceil(math.sqrt(count))), directory / "grid.png")
-    click.echo(f"{directory}: {count} images (std {std:g}, seed {seed}) and grid.png.")
+    std = sampling_std(model, config, std)
+    drawn = write_samples(model, directory, count, std=std, seed=seed, batch_size=batch_size, rank=rank,
+                          world_size=world_size, progress=rank == 0)
+    by = f" by process {rank} of {world_size}" if world_size > 1 else ""
+    values = ",".join(f"{value:g}" for value in (std if isinstance(std, tuple) else (std,)))
+    click.echo(f"{directory}: {drawn} images drawn{by}, {count} in all (std {values}, seed {seed}).")

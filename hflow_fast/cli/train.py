@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import itertools
 import signal
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..configs import load_config
 from .options import device_option, threads_option
 
+if TYPE_CHECKING:
+    from ..training import GeneralConfig
+
 __all__ = ["train"]
 
 
 @click.command()
-@click.option("--config", help="A preset (see hflow-fast info) or a JSON file.")
+@click.option("--config", help="A preset (see hflow-fast info) or a JSON file. With --resume it takes the place of the "
+              "run's config.json, if nothing has changed in it that cannot change during a run.")
 @click.option("--data", type=click.Path(path_type=Path), help="Dataset folder made by hflow-fast dataset.")
 @click.option("--run", "directory", type=click.Path(path_type=Path),
               help="Folder of the run.  [default: a new one, runs/<config>-<number>]")
-@click.option("--resume", is_flag=True, help="Continue the run from its last checkpoint.")
+@click.option("--resume", is_flag=True, help="Continue the run from its latest checkpoint.")
 @click.option("--steps", type=click.IntRange(min=1), help="End after this many optimizer steps.")
 @click.option("--epochs", type=click.IntRange(min=1), help="End after this many passes over the data.")
 @click.option("--hours", type=click.FloatRange(min=0, min_open=True), help="End after this much training time.")
@@ -41,57 +46,95 @@ def train(
 
     Training ends at the first of --steps, --epochs and --hours, counted over all sessions of the run; given here,
     they replace those of the configuration. Ctrl-C saves a checkpoint and ends.
+
+    On N GPUs or processors: torchrun --nproc-per-node N -m -- hflow_fast train …
     """
     import torch
 
     from ..data import ImageDataset
     from ..models import HFlow
-    from ..training import RunDirectory, Session, TrainConfig, Trainer
-    from ..training.trainer import check_dataset
+    from ..training import RunDirectory, Session, TrainConfig, Trainer, process_group
+<<<<<<< HEAD
+=======
+    from ..training.distributed import own_device
+    from ..training.fid import load_extractor
+>>>>>>> trust
+    from ..training.trainer import check_dataset, check_ranks
 
-    if resume:
-        if config is not None or batch_size is not None or seed is not None:
-            raise click.UsageError("--resume keeps the run's configuration: leave out --config, --batch-size, --seed.")
-        if directory is None:
-            raise click.UsageError("say which run to continue with --run.")
-        run = RunDirectory.open(directory)
-        settings = run.read_config()
-    elif config is None:
-        raise click.UsageError("give --config to start a run, or --resume to continue one.")
-    else:
-        settings = load_config(config)
-    _override(settings.setdefault("GENERAL", {}), data, {"STEPS": steps, "EPOCHS": epochs, "HOURS": hours},
-              batch_size, seed)
-    general = TrainConfig.from_config(settings).general
-    if general.dataset_path is None:
-        raise click.UsageError("give the dataset with --data.")
+    with process_group(device) as ranks, ExitStack() as stack:
+        if directory is None and config is not None:
+            directory = ranks.gather(_new_directory(config))[0]
+        with ranks.together():  # all that can be wrong is found out before the run's folder is made
+            settings = _settings(config, directory, resume)
+            _override(settings.setdefault("GENERAL", {}), data, {"STEPS": steps, "EPOCHS": epochs, "HOURS": hours},
+                      batch_size, seed)
+            general = TrainConfig.from_config(settings).general
+            if general.dataset_path is None:
+                raise click.UsageError("give the dataset with --data.")
+            dataset = ImageDataset.open(general.dataset_path)
+            torch.manual_seed(general.seed)
+            torch.backends.cudnn.benchmark = True  # all batches have the same shape
+            model = HFlow.from_config(settings)
+            check_dataset(dataset, model.resolution, general)
+            check_ranks(ranks.count, general)
+            if ranks.is_writer:
+                load_extractor(TrainConfig.from_config(settings), model.resolution, "cpu")
+            run = RunDirectory(directory)
+            if ranks.is_writer:
+                if not resume:
+                    RunDirectory.create(directory, settings)
+                stack.enter_context(run.lock())
+            trainer = Trainer(model, dataset, run, settings, device, ranks)
+            if resume and ranks.is_writer:
+                run.write_config(settings)
+            session = Session(trainer)
 
-    if general.num_gpus > 1:
-        click.echo(f"NUM_GPUS is {general.num_gpus}, but training uses one device.", err=True)
+        def say(text: str) -> None:
+            if ranks.is_writer:
+                click.echo(f"{run.path}: {text}")
 
-    # All that can be wrong is found out before the run's folder is made.
-    dataset = ImageDataset.open(general.dataset_path)
-    torch.manual_seed(general.seed)
-    torch.backends.cudnn.benchmark = True  # all batches have the same shape
-    model = HFlow.from_config(settings)
-    check_dataset(dataset, model.resolution, general)
-    if not resume:
-        run = RunDirectory.create(directory or _new_directory(config), settings)
-        click.echo(f"{run.path}: training {config}, {general.dataset_path}")
-    with run.lock():
-        trainer = Trainer(model, dataset, run, settings, device)
-        if resume:
-            run.write_config(settings)
-        session = Session(trainer)
         if session.finished:
-            click.echo(f"{run.path}: already trained to step {trainer.step_count}; "
-                       "give --steps, --epochs or --hours to go further.")
+            say(f"already trained to step {trainer.step_count}; give --steps, --epochs or --hours to go further.")
             return
+        what = f"training goes on at step {trainer.step_count}" if resume else f"training {config}"
+        say(f"{what}, {general.dataset_path}{_sharing(general, ranks.count)}")
         ended = session.run()
-    if ended != "finished":
-        click.echo(f"{run.path}: {ended} at step {trainer.step_count}, saved; continue with --resume.")
-        raise SystemExit(128 + signal.Signals[ended])
-    click.echo(f"{run.path}: finished at step {trainer.step_count}.")
+        if ended != "finished":
+            say(f"{ended} at step {trainer.step_count}, saved; continue with --resume.")
+            raise SystemExit(128 + signal.Signals[ended])
+        say(f"finished at step {trainer.step_count}.")
+
+
+def _settings(config: str | None, directory: Path | None, resume: bool) -> dict[str, Any]:
+    """The configuration of a new run; or that of a run that goes on, unless another one is given."""
+    from ..training import RunDirectory
+
+    if not resume:
+        if config is None:
+            raise click.UsageError("give --config to start a run, or --resume to continue one.")
+        return load_config(config)
+    if directory is None:
+        raise click.UsageError("say which run to continue with --run.")
+    own = RunDirectory.open(directory).read_config()
+    if config is None:
+        return own
+    settings = load_config(config)
+    general = settings.setdefault("GENERAL", {})
+    if general.get("DATASET_PATH") is None:  # as in the presets
+        general["DATASET_PATH"] = own["GENERAL"].get("DATASET_PATH")
+    return settings
+
+
+def _sharing(general: GeneralConfig, processes: int) -> str:
+    """What there is to say about the number of processes."""
+    passes, wanted = general.samples_per_grad_eval // general.batch_size, general.num_gpus
+    text = f"; {processes} processes share the {passes} passes of a step" if processes > 1 else ""
+    if passes % processes:
+        text += f" unequally, so some wait: {passes} is best divided by their number"
+    if wanted not in (1, processes):  # 1 is what the presets say, for any number
+        text += (f"; NUM_GPUS is {wanted}, but the processes are {processes}, which gives the same gradients: "
+                 f"torchrun --nproc-per-node {wanted} -m hflow_fast train … starts as many")
+    return text
 
 
 def _new_directory(config: str) -> Path:

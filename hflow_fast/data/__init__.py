@@ -5,6 +5,6 @@ from __future__ import annotations
 from .batches import Batches
 from .create import create_dataset
 from .dataset import ImageDataset, Images
-from .dequantize import dequantize, to_uint8
+from .dequantize import dequantize, from_uint8, to_uint8
 
-__all__ = ["Batches", "ImageDataset", "Images", "create_dataset", "dequantize", "to_uint8"]
+__all__ = ["Batches", "ImageDataset", "Images", "create_dataset", "dequantize", "from_uint8", "to_uint8"]

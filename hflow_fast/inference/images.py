@@ -1,20 +1,25 @@
-"""Pictures of a model: samples and reconstructions as PNG grids."""
+"""Pictures on disk: grids and PNG files."""
 
 from __future__ import annotations
 
 import os
-from typing import Sequence
 
+import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._files import replacing
-from ..data import to_uint8
 
-__all__ = ["draw_samples", "image_grid", "reconstruct", "save_png"]
+__all__ = ["enlarge", "image_grid", "read_png", "save_png"]
 
 _SMALLEST_TILE = 96  # pixels; small images are hard to look at on a screen
+
+
+def enlarge(images: Tensor, width: int) -> Tensor:
+    """Images (…, H, W) enlarged by whole pixels towards a width: (…, k·H, k·W), k = max(1, ⌊width/W⌋)."""
+    factor = max(1, width // images.shape[-1])
+    return images.repeat_interleave(factor, dim=-1).repeat_interleave(factor, dim=-2)
 
 
 def image_grid(images: Tensor, columns: int, *, padding: int = 2) -> Tensor:
@@ -28,8 +33,7 @@ def image_grid(images: Tensor, columns: int, *, padding: int = 2) -> Tensor:
     Returns:
         (3, rows·(k·H + padding) + padding, columns·(k·W + padding) + padding), uint8, k = max(1, ⌊96/W⌋).
     """
-    enlargement = max(1, _SMALLEST_TILE // images.shape[-1])
-    images = images.repeat_interleave(enlargement, dim=-1).repeat_interleave(enlargement, dim=-2)
+    images = enlarge(images, _SMALLEST_TILE)
     count, _, height, width = images.shape
     rows = -(-count // columns)
     grid = images.new_full((3, rows * (height + padding) + padding, columns * (width + padding) + padding), 255)
@@ -51,32 +55,11 @@ def save_png(image: Tensor, path: str | os.PathLike[str]) -> None:
         picture.save(temporary, format="png")
 
 
-@torch.no_grad()
-def draw_samples(model: nn.Module, count: int, *, std: float, seed: int, batch_size: int = 16) -> Tensor:
-    """Samples of the model, (count, 3, R, R), uint8, on the CPU.
+def read_png(path: str | os.PathLike[str]) -> Tensor:
+    """What :func:`save_png` wrote, (3, H, W), uint8.
 
-    The same arguments give the same images on the same device and leave the global random state alone.
+    Raises:
+        OSError: it is missing or damaged.
     """
-    generator = torch.Generator(device=next(model.parameters()).device).manual_seed(seed)
-    sizes = [min(batch_size, count - start) for start in range(0, count, batch_size)]
-    return torch.cat([to_uint8(model.sample(size, std=std, generator=generator)).cpu() for size in sizes])
-
-
-@torch.no_grad()
-def reconstruct(model: nn.Module, x: Tensor) -> Tensor:
-    """The images and what is left of them when latents are replaced by zero, their prior's mean.
-
-    Args:
-        model: a hierarchical model.
-        x: (N, 3, R, R) in [-0.5, 0.5].
-
-    Returns:
-        ((L + 1)·N, 3, R, R), uint8, on the CPU, for L latents: the images, then their reconstructions from all
-        latents, from all but the finest, and so on down to the coarsest alone.
-    """
-    latents, _ = model.encode(x)
-    rows: Sequence[Tensor] = [x] + [
-        model.decode([torch.zeros_like(z) for z in latents[:dropped]] + latents[dropped:])[0]
-        for dropped in range(len(latents))
-    ]
-    return torch.cat([to_uint8(row).cpu() for row in rows])
+    with Image.open(path) as picture:
+        return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)

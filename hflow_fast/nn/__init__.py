@@ -4,10 +4,21 @@ Log-dets are (B,), of the direction evaluated, in nats.
 """
 
 from ..ops import CouplingSpec
+from ._data_init import initialize_locally
 from .actnorm import ActNorm
 from .container import FlowStep, Sequential
 from .coupling import AffineCoupling
 from .invconv import InvConv1x1
 from .reshape import Haar, Squeeze
 
-__all__ = ["ActNorm", "AffineCoupling", "CouplingSpec", "FlowStep", "Haar", "InvConv1x1", "Sequential", "Squeeze"]
+__all__ = [
+    "ActNorm",
+    "AffineCoupling",
+    "CouplingSpec",
+    "FlowStep",
+    "Haar",
+    "InvConv1x1",
+    "Sequential",
+    "Squeeze",
+    "initialize_locally",
+]

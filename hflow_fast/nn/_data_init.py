@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Iterator
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["DataInitialized", "channel_statistics"]
+__all__ = ["DataInitialized", "channel_statistics", "initialize_locally"]
 
 _SMALLEST_STD = 1e-6
+
+_local: ContextVar[bool] = ContextVar("initialize_locally", default=False)
+
+
+@contextmanager
+def initialize_locally() -> Iterator[None]:
+    """Within it, data-dependent initialisation looks at the data of this process alone.
+
+    Where a process group is set up, layers initialise from the data of all its ranks, and every rank has to take part:
+    one that initialises alone would wait for the others. That is what ``DistributedDataParallel`` and loops like it
+    do, as every rank makes the first pass. When just some ranks do, let one initialise within this, then give its
+    parameters and buffers to the others.
+    """
+    token = _local.set(True)
+    try:
+        yield
+    finally:
+        _local.reset(token)
 
 
 class DataInitialized(nn.Module):
@@ -47,6 +67,8 @@ class DataInitialized(nn.Module):
 def channel_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and logarithm of the unbiased standard deviation of each channel, over all ranks of a process group.
 
+    All of them have to call it; within :func:`initialize_locally` the other ranks are left out.
+
     Args:
         x: (B, C, …).
 
@@ -59,7 +81,7 @@ def channel_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     values = x.detach().double().transpose(0, 1).flatten(1)
     count = values.new_full(values.shape[:1], values.shape[1])
     moments = torch.stack([count, values.sum(dim=1), values.square().sum(dim=1)])
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if not _local.get() and torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(moments)
     count, total, squares = moments
     if count[0] < 2:

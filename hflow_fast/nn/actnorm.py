@@ -17,7 +17,8 @@ class ActNorm(DataInitialized):
     .. math:: z_c = (x_c - b_c)\, e^{-s_c}
 
     Kingma & Dhariwal, "Glow", NeurIPS 2018, §3.1. The initialisation is remembered in a buffer, so that it survives
-    saving and loading; in a process group all ranks initialise from their joint batch.
+    saving and loading; in a process group all ranks initialise from their joint batch, and all have to take part: see
+    :func:`~hflow_fast.nn.initialize_locally`.
 
     Args:
         channels: C.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from .checkpoint import load_model, read_checkpoint, save_checkpoint
 from .config import GeneralConfig, OutputConfig, TrainConfig
+from .distributed import RankError, Ranks, process_group
+from .evaluation import likelihood_bounds
 from .log import read_metrics
 from .run import RunDirectory
 from .session import Session, TrainingError
@@ -12,12 +14,16 @@ from .trainer import Trainer
 __all__ = [
     "GeneralConfig",
     "OutputConfig",
+    "RankError",
+    "Ranks",
     "RunDirectory",
     "Session",
     "TrainConfig",
     "Trainer",
     "TrainingError",
+    "likelihood_bounds",
     "load_model",
+    "process_group",
     "read_checkpoint",
     "read_metrics",
     "save_checkpoint",

@@ -2,14 +2,17 @@
 
 The file holds the tensors ``model.*``, ``average.*`` (the moving average) and, for resuming, ``training``: the
 optimizer's moments, the data order, random states and counters as bytes of ``torch.save``, read back with
-``weights_only=True``. Its metadata holds the configuration. Nothing in it is ever executed.
+``weights_only=True``. Its metadata holds the configuration, a few notes, and a checksum of each of the three parts.
+Nothing in it is ever executed, and nothing in it belongs to one of several processes.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import logging
 import os
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -22,10 +25,17 @@ from torch import Tensor, nn
 
 from .._files import replacing
 from ..errors import CheckpointError
+from .rotation import checkpoint_files
 
 __all__ = ["Checkpoint", "load_model", "load_weights", "read_checkpoint", "save_checkpoint"]
 
-_FORMAT = {"format": "hflow_fast checkpoint", "version": "1"}
+_FORMAT = "hflow_fast checkpoint"
+_VERSION = 1  # raised when a file can no longer be read by the code before
+_LOGGER = logging.getLogger(__name__)
+
+
+class _Damaged(CheckpointError):
+    """The file is torn or changed, so that another one may be better."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,8 @@ class Checkpoint:
 
     path: Path
     config: dict[str, Any]
+    notes: dict[str, Any]
+    """Small facts, read without the parts: ``step`` and, where it was measured, ``held_out_bits_per_dim``."""
     model: dict[str, Tensor] | None
     average: dict[str, Tensor] | None
     training: dict[str, Any] | None
@@ -45,6 +57,7 @@ def save_checkpoint(
     model: nn.Module,
     average: nn.Module | None = None,
     training: Mapping[str, Any] | None = None,
+    notes: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a checkpoint beside ``path`` and then puts it in its place.
 
@@ -53,7 +66,8 @@ def save_checkpoint(
         config: what the model was built from.
         model: the model.
         average: the moving average of its parameters.
-        training: nested dictionaries, lists, tensors and numbers; see ``Trainer.state_dict``.
+        training: nested dictionaries, lists, tensors and numbers; see ``Trainer.save``.
+        notes: facts for :attr:`Checkpoint.notes`, JSON-ready.
 
     Raises:
         CheckpointError: the file cannot be written; a previous one is intact.
@@ -65,38 +79,69 @@ def save_checkpoint(
         buffer = io.BytesIO()
         torch.save(dict(training), buffer)
         tensors["training"] = torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
+    metadata = {
+        "format": _FORMAT, "version": str(_VERSION), "config": json.dumps(config), "notes": json.dumps(dict(notes or {})),
+        "checksums": json.dumps({part: _checksum(part, tensors) for part in ("model", "average", "training")}),
+    }
     try:
         with replacing(path) as temporary:
             temporary.touch()
             mode = temporary.stat().st_mode
-            save_file(tensors, temporary, metadata=_FORMAT | {"config": json.dumps(config)})
+            save_file(tensors, temporary, metadata=metadata)
             temporary.chmod(mode)  # safetensors makes files that nobody but their owner can read
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{os.fspath(path)}: not saved ({error}); the file was left as it was.") from error
 
 
 def read_checkpoint(path: str | os.PathLike[str], *parts: str) -> Checkpoint:
-    """Reads the configuration and the given parts of a checkpoint.
+    """Reads the configuration, the notes and the given parts of a checkpoint.
 
     Args:
-        path: a checkpoint file, or a run directory, which stands for its latest checkpoint.
+        path: a checkpoint file, or a run directory, which stands for its latest checkpoint. Where that one is damaged,
+            the one before takes its place, with a warning.
         parts: any of "model", "average" and "training".
 
     Raises:
-        CheckpointError: the file is missing, damaged, or not a checkpoint.
+        CheckpointError: the file is missing, damaged, of a newer version, or not a checkpoint.
     """
-    path = _locate(Path(path))
+    path = Path(path)
+    files = checkpoint_files(path / "checkpoints") if path.is_dir() else [path]
+    if not files or not files[0].is_file():
+        raise CheckpointError(f"{files[0] if files else path / 'checkpoints'}: no such file; give a checkpoint file or "
+                              "the directory of a run that has saved one.")
+    for file in files[:-1]:
+        try:
+            return _read(file, parts)
+        except _Damaged as error:
+            _LOGGER.warning("%s Going back to the checkpoint before it.", error)
+    return _read(files[-1], parts)
+
+
+def _read(path: Path, parts: tuple[str, ...]) -> Checkpoint:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            if {key: metadata.get(key) for key in _FORMAT} != _FORMAT:
-                raise CheckpointError(f"{path}: not a checkpoint of this version of hflow_fast.")
+            _check_version(metadata, path)
             tensors = {name: file.get_tensor(name) for name in file.keys() if name.partition(".")[0] in parts}
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: damaged or not a checkpoint ({error}).") from error
+        checksums = json.loads(metadata.get("checksums", "{}"))
+        changed = [part for part in parts if part in checksums and checksums[part] != _checksum(part, tensors)]
+        if changed:
+            raise _Damaged(f"{path}: damaged (the checksum of its part {changed[0]} is wrong).")
+        config, notes = json.loads(metadata["config"]), json.loads(metadata.get("notes", "{}"))
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        raise _Damaged(f"{path}: damaged or not a checkpoint ({error}).") from error
     training = _unpack(tensors.pop("training"), path) if "training" in tensors else None
-    config = json.loads(metadata["config"])
-    return Checkpoint(path, config, _without_prefix("model", tensors), _without_prefix("average", tensors), training)
+    return Checkpoint(path, config, notes, _without_prefix("model", tensors), _without_prefix("average", tensors),
+                      training)
+
+
+def _check_version(metadata: Mapping[str, str], path: Path) -> None:
+    if metadata.get("format") != _FORMAT:
+        raise CheckpointError(f"{path}: not a checkpoint of hflow_fast.")
+    version = int(metadata["version"])
+    if version > _VERSION:
+        raise CheckpointError(f"{path}: of format version {version}, made by a newer hflow_fast than this one, which "
+                              f"reads versions up to {_VERSION}; update it (pip install -U hflow_fast).")
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
@@ -136,20 +181,19 @@ def load_model(
     return model.to(device).eval(), checkpoint.config
 
 
-def _locate(path: Path) -> Path:
-    if path.is_dir():
-        path = path / "checkpoints" / "latest.safetensors"
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; give a checkpoint file or the directory of a run "
-                              "that has saved one.")
-    return path
-
-
 def _unpack(data: Tensor, path: Path) -> dict[str, Any]:
     try:
         return torch.load(io.BytesIO(data.numpy().tobytes()), weights_only=True)
     except (EOFError, RuntimeError, UnpicklingError) as error:
-        raise CheckpointError(f"{path}: the state of its training is damaged or not plain data.") from error
+        raise _Damaged(f"{path}: the state of its training is damaged or not plain data.") from error
+
+
+def _checksum(part: str, tensors: Mapping[str, Tensor]) -> int:
+    """CRC-32 over the tensors of a part: safetensors itself notices a missing byte, but not a wrong one."""
+    value = 0
+    for name in sorted(name for name in tensors if name.partition(".")[0] == part):
+        value = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), value)
+    return value
 
 
 def _prefixed(prefix: str, module: nn.Module) -> dict[str, Tensor]:

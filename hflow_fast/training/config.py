@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Mapping
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ..configs.section import Section
 
@@ -37,8 +37,8 @@ class GeneralConfig(Section):
     """Images per forward pass."""
     samples_per_grad_eval: Count
     """Images per optimizer step; gradients are accumulated over ``samples_per_grad_eval / batch_size`` passes."""
-    grad_clip: Positive = 50.0
-    """Largest 2-norm of the whole gradient."""
+    grad_clip: Annotated[float, Field(allow_inf_nan=False)] = 50.0
+    """Largest 2-norm of the whole gradient; 0 or less: no limit, as in the original."""
     ema_weight: Factor = 0.005
     """Weight of the newest parameters in their moving average, from epoch 1 on."""
     discretization_bits: Annotated[int, Field(ge=1, le=8)] = 8
@@ -60,11 +60,25 @@ class GeneralConfig(Section):
     resize_data_to: Count | None = None
     """Resolution of the data; when given it has to be the model's."""
     dataset_name: str | None = None
-    """Of the original's files; unused, as a dataset is one folder."""
+    """The dataset's name inside an HDF5 file of the original; not needed for a folder or for the only one of a file."""
     inception_net_path: str | None = None
-    """Of the original's files; unused."""
+    """TorchScript feature extractor of the FID; without one there is no FID."""
     num_gpus: Count = 1
-    """Of the original's files; training uses one device."""
+    """Processes that the configuration was made for; how many there are is decided by ``torchrun``."""
+    load_checkpoint: None = None
+    """Of the original's training script, which starts from weights alone; a run goes on with ``--resume``."""
+
+    @field_validator("dataset_name", "dataset_path", "inception_net_path", mode="before")
+    @classmethod
+    def _empty_is_none(cls, value: Any) -> Any:
+        return None if value == "" else value  # the original's script writes "" for what was not given
+
+    @field_validator("load_checkpoint", mode="before")
+    @classmethod
+    def _refuse_load_checkpoint(cls, value: Any) -> None:
+        if value not in (None, ""):
+            raise ValueError("not supported, as it would start from weights alone; remove it, and continue a run "
+                             "with --resume")
 
     @model_validator(mode="after")
     def _check(self) -> GeneralConfig:
@@ -77,20 +91,38 @@ class GeneralConfig(Section):
 
 
 class OutputConfig(Section):
-    """Section ``OUTPUT``; the JSON keys are these names in upper case. Intervals are in hours."""
+    """Section ``OUTPUT``; the JSON keys are these names in upper case.
+
+    Each interval is given in hours of training time, as in the original, or in optimizer steps, not both.
+    """
 
     checkpoint_every: Positive = 4.0
-    """Interval of checkpoints; there is one at the start and at the end, too."""
+    """Interval of checkpoints, hours; there is one at the start, at each new best and at the end, too."""
+    checkpoint_every_steps: Count | None = None
     visualization_every: Positive = 0.5
-    """Interval of sample and reconstruction grids and of the held-out bits/dim."""
+    """Interval of sample and reconstruction grids and of the held-out bits/dim, hours."""
+    visualization_every_steps: Count | None = None
+    metrics_every: Positive = 4.0
+    """Interval of the FID, if there is an INCEPTION_NET_PATH, and of the held-out bits/dim, hours."""
+    metrics_every_steps: Count | None = None
+    keep_checkpoints: Annotated[int, Field(ge=0)] | None = 3
+    """Checkpoints kept of the last saves, beside the best; None or 0 keeps all."""
     evaluation_images: Count = 1000
     """Held-out images behind each held-out bits/dim, at most."""
     sample_base_sigma: Positive = 0.8
     """Standard deviation of the latents of sample grids."""
-    metrics_every: Positive = 4.0
-    """Of the original's files, as the next two: its FID; unused."""
     fid_n_samples: Count = 30000
+    """Images, real and generated, behind each FID."""
     fid_gen_std: Positive = 0.8
+    """Standard deviation of the latents of the generated ones."""
+
+    @model_validator(mode="after")
+    def _one_unit_per_interval(self) -> OutputConfig:
+        for name in ("checkpoint_every", "visualization_every", "metrics_every"):
+            in_steps = f"{name}_steps"
+            if getattr(self, in_steps) is not None and name in self.model_fields_set:
+                raise ValueError(f"{name.upper()} (hours) and {in_steps.upper()} are both given; remove one of them")
+        return self
 
 
 class TrainConfig(Section):

@@ -1,15 +1,20 @@
-"""The numbers of a run: ``metrics.jsonl`` and, where it is installed, TensorBoard."""
+"""The numbers and pictures of a run: ``metrics.jsonl`` and, where it is installed, TensorBoard."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any, Mapping
 
+from torch import Tensor
+
 from .run import RunDirectory
 
 __all__ = ["RunLog", "read_metrics"]
+
+_LOGGER = logging.getLogger(__name__)
 
 
 class RunLog:
@@ -27,7 +32,8 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             self._tensorboard = None
-            print("TensorBoard is not installed (pip install tensorboard); the metrics go to metrics.jsonl only.")
+            _LOGGER.warning("TensorBoard is not installed (pip install 'hflow_fast[train]'); the metrics go to "
+                            "metrics.jsonl only.")
         else:
             self._tensorboard = SummaryWriter(str(run.tensorboard), purge_step=step + 1)
         if self._path.exists() and not self._path.read_bytes().endswith(b"\n"):
@@ -44,6 +50,11 @@ class RunLog:
         if self._tensorboard is not None:
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, step)
+
+    def write_picture(self, step: int, name: str, picture: Tensor) -> None:
+        """Shows a picture, (3, H, W) uint8, in TensorBoard."""
+        if self._tensorboard is not None:
+            self._tensorboard.add_image(name, picture, step)
 
     def close(self) -> None:
         if self._tensorboard is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Mapping, Sequence
 
 import torch
@@ -58,14 +59,14 @@ def clip_and_step(optimizer: torch.optim.Adam, loss: Tensor, max_norm: float) ->
     Args:
         optimizer: of :func:`build_optimizer`, its parameters holding gradients.
         loss: scalar; beside the gradients it decides whether the step is taken.
-        max_norm: largest 2-norm of all gradients together.
+        max_norm: largest 2-norm of all gradients together; 0 or less: no limit.
 
     Returns:
         The gradients' norm before clipping, and whether the step was skipped because the loss or the norm is not
         finite (then parameters and moments are unchanged); both 0-dimensional tensors on the device.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = nn.utils.clip_grad_norm_(parameters, max_norm)
+    norm = nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else math.inf)
     skipped = ~(torch.isfinite(norm) & torch.isfinite(loss.detach()))
     optimizer.found_inf = skipped.float()
     optimizer.step()

@@ -56,11 +56,11 @@ class Limits:
 class ProgressBar:
     """A bar over the whole run with the session's speed and the time left; silent where stderr is no terminal."""
 
-    def __init__(self, limits: Limits, step: int, seconds: float) -> None:
+    def __init__(self, limits: Limits, step: int, seconds: float, *, shown: bool = True) -> None:
         self._limits = limits
         self._first_step = step
         self._start = time.monotonic()
-        self._bar = tqdm(total=1.0, bar_format="{percentage:3.0f}% |{bar}| {desc}", disable=None)
+        self._bar = tqdm(total=1.0, bar_format="{percentage:3.0f}% |{bar}| {desc}", disable=None if shown else True)
         self._move(step, seconds)
 
     def update(self, step: int, epoch: int, seconds: float, text: str) -> None:

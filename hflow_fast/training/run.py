@@ -13,13 +13,14 @@ from typing import Any, Iterator, Mapping
 from .._files import replacing
 from ..configs import load_config
 from ..errors import ConfigError
+from .rotation import BEST, LATEST
 
 __all__ = ["RunDirectory"]
 
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """``config.json``, ``metrics.jsonl``, ``checkpoints/``, ``samples/``, ``reconstructions/``, ``tb/`` of a run."""
+    """``config.json``, ``log.txt``, ``metrics.jsonl``, ``checkpoints/``, ``samples/``, ``reconstructions/``, ``tb/``."""
 
     path: Path
 
@@ -52,7 +53,17 @@ class RunDirectory:
 
     @property
     def checkpoint(self) -> Path:
-        return self.path / "checkpoints" / "latest.safetensors"
+        """The latest one."""
+        return self.path / "checkpoints" / LATEST
+
+    @property
+    def best(self) -> Path:
+        """The checkpoint with the fewest held-out bits/dim."""
+        return self.path / "checkpoints" / BEST
+
+    @property
+    def journal(self) -> Path:
+        return self.path / "log.txt"
 
     @property
     def metrics(self) -> Path:

@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+import logging
 import math
-import sys
+import signal
 import time
-from typing import Callable
+from typing import Any, Callable
 
-import torch
-from tqdm import tqdm
+from torch import Tensor
 
 from ..data import dequantize
-from ..errors import CheckpointError
+from ..errors import CheckpointError, DatasetError
 from ..inference import draw_samples, image_grid, reconstruct, save_png
+from .checkpoint import read_checkpoint
 from .evaluation import evaluation_indices, held_out_bits_per_dim
+from .fid import load_extractor, measure_fid
+from .intervals import INTERVALS, Interval
+from .journal import describe_session, journal
 from .log import RunLog
 from .optimizer import learning_rates
 from .progress import Limits, ProgressBar, StopRequest, stop_on_signals
-from .trainer import StepResult, Trainer
+from .trainer import Trainer
+from .window import Window
 
 __all__ = ["Session", "TrainingError"]
 
 _LOG_SECONDS = 5.0  # reading the loss waits for the device, so it is done this often and not at every step
 _RETRY_SECONDS = 300.0  # until a failed save is tried again
 _SKIPPED_IN_A_ROW = 20
+_BEST_BY = "held_out_bits_per_dim"
 _GRID = 8  # images per row of the grids
+_LOGGER = logging.getLogger(__name__)
 
 
 class TrainingError(ArithmeticError):
@@ -35,13 +42,27 @@ class Session:
     """Trains until a limit is reached, with logs, evaluations and checkpoints at the configured intervals.
 
     Args:
-        trainer: what to train; its run directory gets everything that is written.
+        trainer: what to train; its run directory gets everything that is written. Where several processes train
+            together, each runs a session, and only the one of rank 0 writes.
+
+    Raises:
+        ConfigError, CheckpointError: the configuration asks for FIDs that cannot be measured.
     """
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
+        self._is_writer = trainer.ranks.is_writer
         self._limits = Limits.from_config(trainer.config.general, trainer.steps_per_epoch)
         self._offset = trainer.seconds - time.monotonic()
+        self._intervals = {name: Interval.from_config(name, trainer.config.output) for name in INTERVALS}
+        for name, state in trainer.session_state.get("intervals", {}).items():
+            self._intervals[name].load_state_dict(state)
+        self._retry_at = math.inf  # training seconds at which a failed save is tried again
+        self._extractor = None
+        if self._is_writer:
+            self._extractor = load_extractor(trainer.config, trainer.dataset.resolution, trainer.device)
+        self._best = math.inf  # held-out bits/dim
+        self._measured: dict[str, Any] = dict(trainer.notes)  # notes of the step at which they were taken
 
     @property
     def finished(self) -> bool:
@@ -55,62 +76,153 @@ class Session:
             Why it ended: "finished", or the name of the signal.
 
         Raises:
-            TrainingError: 20 steps in a row were not finite; the last checkpoint is kept.
+            TrainingError: 20 steps in a row were not finite; the text names the layer and the last good checkpoint.
             CheckpointError: the checkpoint at the end could not be written; the previous one is kept.
+            RankError: another process has ended, or they have come to differ.
         """
         trainer = self._trainer
-        trainer.run.make_folders()
-        log = RunLog(trainer.run, trainer.step_count)
-        bar = ProgressBar(self._limits, trainer.step_count, trainer.seconds)
+        with journal(trainer.run.journal if self._is_writer else None):
+            self._log_start()
+            try:
+                ended = self._run()
+            except BaseException as error:
+                _LOGGER.error("ended at step %d by %s: %s", trainer.step_count, type(error).__name__, error)
+                raise
+            _LOGGER.debug("%s at step %d, saved", ended, trainer.step_count)
+        return ended
+
+    def _run(self) -> str:
+        trainer = self._trainer
+        log = None
+        if self._is_writer:
+            trainer.run.make_folders()
+            log = RunLog(trainer.run, trainer.step_count)
+            self._find_best()
+        bar = ProgressBar(self._limits, trainer.step_count, trainer.seconds, shown=self._is_writer)
         try:
             with stop_on_signals() as stop:
-                self._loop(log, bar, stop)
-                if stop.signal is None:
-                    self._evaluate(log)
+                stopped = self._loop(log, bar, stop)
+                if not stopped:
+                    self._evaluate(log, grids=True, metrics=True)
                 self._tick()
-                trainer.save()
+                self._write_checkpoint()
         finally:
             bar.close()
-            log.close()
-        return "finished" if stop.signal is None else stop.signal.name
+            if log is not None:
+                log.close()
+        if not stopped:
+            return "finished"
+        return stop.signal.name if stop.signal is not None else signal.SIGTERM.name
 
-    def _loop(self, log: RunLog, bar: ProgressBar, stop: StopRequest) -> None:
-        trainer, output = self._trainer, self._trainer.config.output
-        window = _Window(trainer.device)
-        if trainer.step_count == 0:
-            trainer.initialize()
+    def _loop(self, log: RunLog | None, bar: ProgressBar, stop: StopRequest) -> bool:
+        """Takes steps; returns whether a signal, to this or another process, ended it before its limit."""
+        trainer = self._trainer
+        window = Window(trainer.device)
+        trainer.initialize()
+        if trainer.resumed_from is None:
             self._save()  # a disk that cannot take a checkpoint is better known now than hours later
-        evaluation = _Timer(output.visualization_every * 3600.0)
-        checkpoint = _Timer(output.checkpoint_every * 3600.0)
-        logging = _Timer(_LOG_SECONDS)
-        while stop.signal is None and not self.finished:
+        next_log = time.monotonic() + _LOG_SECONDS
+        finished = self._agree(self.finished)
+        stopped = self._agree(stop.signal is not None)
+        while not (finished or stopped):
             window.add(trainer.step())
             self._tick()
-            if logging.due():
-                self._log(log, window)
-                logging.restart()
+            log_due = time.monotonic() >= next_log
+            if self._agree(log_due or self.finished or stop.signal is not None or self._something_due()):
+                # Several processes exchange this one answer in most steps, and the details only where it is yes.
+                finished, stopped = self._agree(self.finished), self._agree(stop.signal is not None)
+                if self._agree(log_due):
+                    self._log(log, window)
+                    next_log = time.monotonic() + _LOG_SECONDS
+                if not finished:
+                    self._do_what_is_due(log, window)
             bar.update(trainer.step_count, trainer.epoch, trainer.seconds, window.text)
-            if evaluation.due() and not self.finished:
-                self._evaluate(log)
-                evaluation.restart()
-                window.restart_clock()
-            if checkpoint.due() and not self.finished:
-                checkpoint.restart(None if self._save() else _RETRY_SECONDS)
         if window.steps:
             self._log(log, window)
+        return stopped and not finished
+
+    def _do_what_is_due(self, log: RunLog | None, window: Window) -> None:
+        due = {name: self._agree(self._due(name)) for name in INTERVALS}
+        improved = False
+        if due["visualization"] or due["metrics"]:
+            improved = self._agree(self._evaluate(log, grids=due["visualization"], metrics=due["metrics"]))
+            window.restart_clock()
+        if due["checkpoint"] or improved:
+            self._save()
+
+    def _due(self, name: str) -> bool:
+        step, seconds = self._trainer.step_count, self._trainer.seconds
+        return self._intervals[name].due(step, seconds) or (name == "checkpoint" and seconds >= self._retry_at)
+
+    def _restart(self, name: str) -> None:
+        self._intervals[name].restart(self._trainer.step_count, self._trainer.seconds)
+
+    def _something_due(self) -> bool:
+        return any(map(self._due, INTERVALS))
+
+    def _agree(self, flag: bool) -> bool:
+        """Whether any process says so. Clocks and signals differ between processes, and all have to do the same.
+
+        At every step, then: the flag goes from CPU to CPU (some tenths of a millisecond on one machine) and does not
+        wait for the device, which stays busy with what is queued.
+        """
+        return self._trainer.ranks.any(flag)
 
     def _tick(self) -> None:
         self._trainer.seconds = self._offset + time.monotonic()
 
-    def _save(self) -> bool:
+    def _save(self) -> None:
+        """Writes a checkpoint; where that fails, training goes on, and it is tried again in a while."""
+        self._retry_at = math.inf
         try:
-            self._trainer.save()
+            self._write_checkpoint()
         except CheckpointError as error:
-            _warn(f"{error} Training goes on, and saving is tried again.")
-            return False
-        return True
+            self._retry_at = self._trainer.seconds + _RETRY_SECONDS
+            _LOGGER.warning("%s Training goes on, and saving is tried again in %g s.", error, _RETRY_SECONDS)
 
-    def _log(self, log: RunLog, window: _Window) -> None:
+    def _write_checkpoint(self) -> None:
+        trainer = self._trainer
+        self._restart("checkpoint")
+        trainer.session_state = {"intervals": {name: interval.state_dict()
+                                               for name, interval in self._intervals.items()}}
+        notes = self._measured if self._measured.get("step") == trainer.step_count else {}
+        value = notes.get(_BEST_BY, math.inf)
+        best = value < self._best
+        trainer.save(notes, best=best)
+        self._best = min(value, self._best)
+        _LOGGER.debug("step %d: checkpoint saved%s", trainer.step_count, ", the best so far" if best else "")
+
+    def _find_best(self) -> None:
+        """The best value of the run's earlier sessions; ends what one that was killed in a save has left undone."""
+        trainer = self._trainer
+        try:
+            if trainer.run.best.is_file():
+                self._best = read_checkpoint(trainer.run.best).notes.get(_BEST_BY, math.inf)
+        except CheckpointError as error:
+            _LOGGER.warning("%s The best checkpoint is sought anew.", error)
+        if trainer.resumed_from != trainer.run.checkpoint:
+            return
+        value = trainer.notes.get(_BEST_BY, math.inf)
+        try:
+            trainer.keep(best=value < self._best)
+        except CheckpointError as error:
+            _LOGGER.warning("%s", error)
+        self._best = min(value, self._best)
+
+    def _log_start(self) -> None:
+        trainer = self._trainer
+        if not self._is_writer:
+            return
+        _LOGGER.debug("%s", describe_session(trainer.device))
+        if trainer.resumed_from is None:
+            _LOGGER.debug("%s: training starts", trainer.run.path)
+        else:
+            _LOGGER.debug("%s: training goes on at step %d, from %s", trainer.run.path, trainer.step_count,
+                          trainer.resumed_from.name)
+        for change in trainer.changes:
+            _LOGGER.info("configuration changed: %s", change)
+
+    def _log(self, log: RunLog | None, window: Window) -> None:
         trainer = self._trainer
         general = trainer.config.general
         epoch = (trainer.step_count - 1) // trainer.steps_per_epoch  # of the step that was just taken
@@ -118,98 +230,76 @@ class Session:
                   "seconds": round(trainer.seconds, 3)}
         values |= window.read(general.samples_per_grad_eval)
         values |= {f"learning_rate/{role}": rate for role, rate in learning_rates(epoch, general).items()}
-        _attempt(lambda: log.write(trainer.step_count, values), "the metrics could not be written")
+        if log is not None:
+            _attempt(lambda: log.write(trainer.step_count, values), "the metrics could not be written")
+            if values["skipped_steps"]:
+                _LOGGER.warning("step %d: %d of the steps since the last record were skipped: the loss or its gradient "
+                                "was not finite", trainer.step_count, values["skipped_steps"])
         if window.skipped_in_a_row >= _SKIPPED_IN_A_ROW:
-            raise TrainingError(
-                f"{trainer.run.path}: the loss or its gradient was not finite in {window.skipped_in_a_row} steps in a "
-                f"row, up to step {trainer.step_count}; lower the learning rates, or check the data. "
-                "The last checkpoint is as it was.")
+            text = self._explain_end(window.skipped_in_a_row) if self._is_writer else ""
+            self._agree(False)  # the other processes wait here: their end would end this one
+            trainer.ranks.fail(TrainingError(text))
 
-    def _evaluate(self, log: RunLog) -> None:
-        """Held-out bits/dim and grids of the averaged model; leaves the random state of training alone."""
+    def _explain_end(self, skipped: int) -> str:
+        trainer = self._trainer
+        text = (f"{trainer.run.path}: the loss or its gradient was not finite in {skipped} steps in a row, up to step "
+                f"{trainer.step_count}. {trainer.diagnose()} ")
+        try:
+            checkpoint = read_checkpoint(trainer.run.path)
+        except CheckpointError as error:
+            return f"{text}No checkpoint to go on from: {error}"
+        return (f"{text}The last good checkpoint is {checkpoint.path}, of step {checkpoint.notes['step']}: check the "
+                "data, or lower the learning rates in config.json, and go on with --resume.")
+
+    def _evaluate(self, log: RunLog | None, *, grids: bool, metrics: bool) -> bool:
+        """Held-out bits/dim, by all processes together, and pictures of the averaged model.
+
+        Args:
+            log: None where another process does the work.
+            grids: whether to draw samples and reconstructions.
+            metrics: whether to measure the FID, if the configuration names a feature extractor.
+
+        Returns:
+            Whether the bits/dim are the fewest so far; the process that writes knows.
+        """
         trainer, general, output = self._trainer, self._trainer.config.general, self._trainer.config.output
-        model, held_out, run = trainer.average, trainer.dataset.held_out, trainer.run
+        model, held_out, step = trainer.average, trainer.dataset.held_out, trainer.step_count
+        for name, is_done in (("visualization", grids), ("metrics", metrics)):
+            if is_done:
+                self._restart(name)
         indices = evaluation_indices(len(held_out), output.evaluation_images)
-        with torch.random.fork_rng([trainer.device] if trainer.device.type == "cuda" else []):
-            values = held_out_bits_per_dim(model, held_out, indices, batch_size=general.batch_size,
-                                           bits=general.discretization_bits)
-            samples = draw_samples(model, 4 * _GRID, std=output.sample_base_sigma, seed=general.seed)
-            images = held_out[indices[:_GRID]].to(trainer.device)
-            reconstructions = reconstruct(model, dequantize(images, bits=general.discretization_bits))
-        name = f"step_{trainer.step_count:08d}.png"
-        grids = {run.samples / name: samples, run.reconstructions / name: reconstructions}
-        for path, grid in grids.items():
-            _attempt(lambda: save_png(image_grid(grid, min(_GRID, len(images))), path), f"{path} could not be written")
-        _attempt(lambda: log.write(trainer.step_count, values), "the metrics could not be written")
-        tqdm.write(f"step {trainer.step_count}: held-out {values['held_out_bits_per_dim']:.3f} bits/dim")
+        values = held_out_bits_per_dim(model, held_out, indices, batch_size=general.batch_size,
+                                       bits=general.discretization_bits, ranks=trainer.ranks)
+        if log is None:
+            return False
+        if grids:
+            self._draw(log, held_out[indices[:_GRID]])
+        if metrics and self._extractor is not None:
+            try:
+                values["fid"] = measure_fid(model, trainer.dataset, self._extractor, trainer.config)
+            except (CheckpointError, DatasetError, OSError) as error:
+                _LOGGER.warning("step %d: no FID (%s); training goes on.", step, error)
+        _attempt(lambda: log.write(step, values), "the metrics could not be written")
+        bits = values[_BEST_BY]
+        _LOGGER.info("step %d: held-out %.3f bits/dim", step, bits)
+        self._measured = {"step": step, _BEST_BY: bits}
+        return bits < self._best
 
-
-class _Window:
-    """Loss and speed since the last record, kept on the device until they are read."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.text = "loss –"
-        self.skipped_in_a_row = 0
-        self._rate = 0.0
-        self._row = torch.zeros((), device=device)
-        self._restart()
-
-    def add(self, result: StepResult) -> None:
-        self.steps += 1
-        self._timed_steps += 1
-        self._loss += torch.where(result.skipped, 0.0, result.loss)
-        self._skipped += result.skipped
-        self._row = torch.where(result.skipped, self._row + 1, 0.0)
-        self._norm = result.gradient_norm
-
-    def read(self, images_per_step: int) -> dict[str, float]:
-        loss, skipped, row, norm = torch.stack([self._loss, self._skipped, self._row, self._norm]).tolist()
-        self.skipped_in_a_row = int(row)
-        values: dict[str, float] = {"skipped_steps": int(skipped)}
-        if self._timed_steps:
-            self._rate = self._timed_steps * images_per_step / (time.monotonic() - self._start)
-            values["images_per_second"] = self._rate
-        if skipped < self.steps:
-            values["loss"] = loss / (self.steps - skipped)
-        if math.isfinite(norm):
-            values["gradient_norm"] = norm
-        self.text = f"{self._rate:.1f} images/s, loss {values.get('loss', math.nan):.4f}"
-        self._restart()
-        return values
-
-    def restart_clock(self) -> None:
-        """Leaves what has happened since the last record out of its speed."""
-        self._timed_steps = 0
-        self._start = time.monotonic()
-
-    def _restart(self) -> None:
-        self.steps = 0
-        self.restart_clock()
-        self._loss = torch.zeros_like(self._row)
-        self._skipped = torch.zeros_like(self._row)
-
-
-class _Timer:
-    """Says when an interval, in seconds, has passed."""
-
-    def __init__(self, interval: float) -> None:
-        self._interval = interval
-        self.restart()
-
-    def due(self) -> bool:
-        return time.monotonic() >= self._end
-
-    def restart(self, interval: float | None = None) -> None:
-        """Starts the interval anew, shortened to ``interval`` where that is given."""
-        self._end = time.monotonic() + min(self._interval, self._interval if interval is None else interval)
+    def _draw(self, log: RunLog, images: Tensor) -> None:
+        """Grids of samples, and of reconstructions of ``images``."""
+        trainer, general, step = self._trainer, self._trainer.config.general, self._trainer.step_count
+        samples = draw_samples(trainer.average, 4 * _GRID, std=trainer.config.output.sample_base_sigma,
+                               seed=general.seed)
+        exact = dequantize(images.to(trainer.device), bits=general.discretization_bits)
+        reconstructions = reconstruct(trainer.average, exact)
+        for folder, rows in ((trainer.run.samples, samples), (trainer.run.reconstructions, reconstructions)):
+            grid, path = image_grid(rows, min(_GRID, len(images))), folder / f"step_{step:08d}.png"
+            _attempt(lambda: save_png(grid, path), f"{path} could not be written")
+            _attempt(lambda: log.write_picture(step, folder.name, grid), f"{path} could not be put into TensorBoard")
 
 
 def _attempt(write: Callable[[], None], failure: str) -> None:
     try:
         write()
     except OSError as error:
-        _warn(f"{failure} ({error}); training goes on.")
-
-
-def _warn(text: str) -> None:
-    tqdm.write(f"WARNING: {text}", file=sys.stderr)
+        _LOGGER.warning("%s (%s); training goes on.", failure, error)

@@ -29,9 +29,14 @@ def saved_step(run: Path) -> int:
     return read_checkpoint(run, "training").training["step"]
 
 
-def test_a_run_and_its_continuation(data: Path, run: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "copy"
-    shutil.copytree(run, copy)
+@pytest.fixture
+def copy(run: Path, tmp_path: Path) -> Path:
+    """A copy of ``run``, which has checkpoints of steps 0 and 2."""
+    shutil.copytree(run, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_a_run_and_its_continuation(data: Path, copy: Path) -> None:
     assert saved_step(copy) == 2
     again = hflow_fast("train", "--run", copy, "--resume")
     assert again.exit_code == 0 and "already trained to step 2" in again.output
@@ -66,6 +71,10 @@ def test_nothing_is_made_when_something_is_wrong(data: Path, tmp_path: Path) -> 
     config = load_config("tiny-16")
     config["GENERAL"]["BATCH_SIZ"] = 4
     wrong.write_text(json.dumps(config))
+    config = load_config("tiny-16")
+    config["GENERAL"]["INCEPTION_NET_PATH"] = str(tmp_path / "inception.pt")
+    fid = tmp_path / "fid.json"
+    fid.write_text(json.dumps(config))
     torn = tmp_path / "torn.json"
     torn.write_text('{"GENERAL": ')
     for arguments, words in (
@@ -75,25 +84,88 @@ def test_nothing_is_made_when_something_is_wrong(data: Path, tmp_path: Path) -> 
         (("--config", torn, "--data", data), ["torn.json", "JSON"]),
         (("--config", wrong, "--data", data), ["GENERAL.BATCH_SIZ", "unknown key"]),
         (("--config", "tiny-16", "--data", tmp_path / "no"), [str(tmp_path / "no"), "no such dataset"]),
+        (("--config", fid, "--data", data), [str(tmp_path / "inception.pt"), "cannot be read"]),
         (("--config", "demo", "--data", data), ["16 px", "32 px", "--resolution 32"]),
         (("--config", "tiny-16", "--data", data, "--batch-size", 64), ["too few", "(64)"]),
         (("--config", "tiny-16", "--data", data, "--steps", 0), ["--steps"]),
         (("--config", "tiny-16", "--data", data, "--device", "tpu9"), ["--device", "tpu9"]),
         (("--resume",), [str(new), "no run to resume"]),
-        (("--resume", "--seed", 1), ["--seed"]),
+        (("--resume", "--config", "tiny-16"), [str(new), "no run to resume"]),
     ):
         assert_one_line_error(hflow_fast(*start, *arguments), *words)
         assert not new.exists()
 
 
-def test_a_damaged_checkpoint_is_named_and_kept(run: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "copy"
-    shutil.copytree(run, copy)
-    checkpoint = copy / "checkpoints" / "latest.safetensors"
-    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = copy / "checkpoints"
+    latest = folder / "latest.safetensors"
+    for path in (latest, folder / "step_00000002.safetensors"):  # a copy has no hard links
+        damaged = bytearray(path.read_bytes())
+        damaged[len(damaged) // 2] ^= 1  # one bit in the middle of a tensor
+        path.write_bytes(damaged)
     result = hflow_fast("train", "--run", copy, "--resume", "--steps", 3)
-    assert_one_line_error(result, str(checkpoint), "damaged")
-    assert checkpoint.stat().st_size == 1000
+    assert result.exit_code == 0 and "training goes on at step 0" in result.output, result.output
+    assert f"{latest}: damaged" in caplog.text
+    assert saved_step(copy) == 3
+    assert "from step_00000000.safetensors" in (copy / "log.txt").read_text()
+
+
+def test_damaged_checkpoints_are_named_and_kept(copy: Path) -> None:
+    files = list((copy / "checkpoints").iterdir())
+    for path in files:
+        path.write_bytes(path.read_bytes()[:1000])
+    assert_one_line_error(hflow_fast("train", "--run", copy, "--resume", "--steps", 3), str(copy), "damaged")
+    assert all(path.stat().st_size == 1000 for path in files)
+
+
+def test_a_checkpoint_that_is_not_the_latest_can_be_used(run: Path, tmp_path: Path) -> None:
+    best = run / "checkpoints" / "best.safetensors"
+    result = hflow_fast("sample", best, "--out", tmp_path / "out", "--n", 1, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+
+
+def test_a_changed_configuration_takes_effect_and_is_told(data: Path, copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    config["GENERAL"] |= {"LEARNING_RATE": 0.001, "STEPS": 3}
+    (copy / "config.json").write_text(json.dumps(config))
+    result = hflow_fast("train", "--run", copy, "--resume")
+    assert result.exit_code == 0, result.output
+    changes = ["configuration changed: GENERAL.LEARNING_RATE: 0.005 → 0.001",
+               "configuration changed: GENERAL.STEPS: 2 → 3"]
+    assert all(change in result.output and change in (copy / "log.txt").read_text() for change in changes)
+    assert json.loads((copy / "metrics.jsonl").read_text().splitlines()[-2])["learning_rate/flows"] == 0.001
+
+
+def test_another_configuration_file_takes_the_place_of_the_runs(data: Path, copy: Path, tmp_path: Path) -> None:
+    config = load_config("tiny-16")
+    config["GENERAL"] |= {"BATCH_SIZE": 2, "SAMPLES_PER_GRAD_EVAL": 8, "STEPS": 3, "EPOCHS": None}
+    (tmp_path / "new.json").write_text(json.dumps(config))
+    result = hflow_fast("train", "--run", copy, "--resume", "--config", tmp_path / "new.json")
+    assert result.exit_code == 0 and "GENERAL.BATCH_SIZE: 4 → 2" in result.output, result.output
+    assert saved_step(copy) == 3
+    kept = json.loads((copy / "config.json").read_text())["GENERAL"]
+    assert kept["BATCH_SIZE"] == 2 and kept["DATASET_PATH"] == str(data)
+
+
+def test_another_number_of_processes_than_the_configuration_names(copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    config["GENERAL"]["NUM_GPUS"] = 2
+    (copy / "config.json").write_text(json.dumps(config))
+    result = hflow_fast("train", "--run", copy, "--resume", "--steps", 3)
+    assert result.exit_code == 0
+    assert "NUM_GPUS is 2, but the processes are 1" in result.output and "torchrun --nproc-per-node 2" in result.output
+
+
+def test_what_cannot_change_is_refused_by_name(copy: Path, tmp_path: Path) -> None:
+    before = (copy / "config.json").read_text()
+    config = json.loads(before)
+    config["GENERAL"]["DISCRETIZATION_BITS"] = 5
+    config["MODEL_PARAMETERS"]["LOSS_WEIGHTS"] = [1.0, 2.0]
+    (tmp_path / "new.json").write_text(json.dumps(config))
+    result = hflow_fast("train", "--run", copy, "--resume", "--config", tmp_path / "new.json", "--seed", 3)
+    assert_one_line_error(result, "GENERAL.SEED: 0 → 3", "GENERAL.DISCRETIZATION_BITS: 8 → 5",
+                          "MODEL_PARAMETERS.LOSS_WEIGHTS", "start a new run")
+    assert (copy / "config.json").read_text() == before and saved_step(copy) == 2
 
 
 def test_two_processes_cannot_train_in_one_run(run: Path) -> None:
@@ -101,6 +173,7 @@ def test_two_processes_cannot_train_in_one_run(run: Path) -> None:
 
     with RunDirectory.open(run).lock():
         assert_one_line_error(hflow_fast("train", "--run", run, "--resume", "--steps", 9), "another process")
+    assert saved_step(run) == 2
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(data: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hflow_fast.data import dequantize, to_uint8
+from hflow_fast.data import dequantize, from_uint8, to_uint8
 
 ALL_VALUES = torch.arange(256, dtype=torch.uint8)
 
@@ -87,3 +87,10 @@ def test_shapes_and_limits():
 def test_bad_arguments(images: torch.Tensor, options: dict[str, float], message: str):
     with pytest.raises(ValueError, match=message):
         dequantize(images, **options)
+
+
+def test_middle_of_each_value():
+    x = from_uint8(ALL_VALUES)
+    assert x.dtype == torch.float32 and x[0] == 0.5 / 256 - 0.5 and x[255] == 0.5 - 0.5 / 256
+    for shift in (0, -0.49 / 256, 0.49 / 256):
+        assert torch.equal(to_uint8(x + shift), ALL_VALUES)

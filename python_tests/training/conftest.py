@@ -18,16 +18,25 @@ from .tiny import SIZE, TinyFlow, tiny_config
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> ImageDataset:
     """12 training and 4 held-out images of smooth colour."""
-    path = tmp_path_factory.mktemp("data")
+    return ImageDataset.open(_write_dataset(tmp_path_factory.mktemp("data"), SIZE))
+
+
+@pytest.fixture(scope="session")
+def dataset_16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same in 16 × 16 pixels, for the preset tiny-16."""
+    return _write_dataset(tmp_path_factory.mktemp("data"), 16)
+
+
+def _write_dataset(path: Path, size: int) -> Path:
     random = np.random.default_rng(0)
-    ramp = np.linspace(0, 100, SIZE)[:, None, None] * np.ones((1, SIZE, 1))
+    ramp = np.linspace(0, 100, size)[:, None, None] * np.ones((1, size, 1))
     images = np.stack([ramp + random.uniform(0, 150, 3) for _ in range(16)]).astype(np.uint8)
     np.save(path / "images.npy", images)
-    recipe = {"source_fingerprint": "", "resolution": SIZE, "split": "content", "held_out_fraction": 0.25, "seed": 0}
+    recipe = {"source_fingerprint": "", "resolution": size, "split": "content", "held_out_fraction": 0.25, "seed": 0}
     (path / "dataset.json").write_text(json.dumps({
         "recipe": recipe, "source": "made up", "sha256": hashlib.sha256(images.tobytes()).hexdigest(),
         "names": list(map(str, range(16))), "held_out": [0, 5, 10, 15], "skipped": []}))
-    return ImageDataset.open(path)
+    return path
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from hflow_fast._files import replacing
@@ -86,6 +87,34 @@ def test_damaged_files_are_named(tmp_path: Path, damage) -> None:
     save_checkpoint(path, tiny_config(), TinyFlow())
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(CheckpointError, match="a: damaged"):
+        read_checkpoint(path, "model")
+
+
+@pytest.mark.parametrize("part", ["model", "average", "training"])
+def test_a_single_wrong_bit_is_noticed(tmp_path: Path, part: str) -> None:
+    """safetensors itself notices missing bytes only."""
+    path = tmp_path / "a"
+    save_checkpoint(path, tiny_config(), TinyFlow(), TinyFlow(), {"step": 3})
+    with safe_open(path, framework="pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+    name = next(name for name in sorted(tensors) if name.startswith(part) and tensors[name].numel() > 1)
+    tensors[name].reshape(-1).view(torch.uint8)[5] ^= 1
+    save_file(tensors, path, metadata)
+    with pytest.raises(CheckpointError, match=f"a: damaged .the checksum of its part {part} is wrong"):
+        read_checkpoint(path, part)
+    read_checkpoint(path, *({"model", "average", "training"} - {part}))
+
+
+def test_versions(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    save_checkpoint(path, tiny_config(), TinyFlow())
+    with safe_open(path, framework="pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+    first = {key: metadata[key] for key in ("format", "config")} | {"version": "1"}  # as 0.1.0 began
+    save_file(tensors, path, first)
+    assert read_checkpoint(path, "model").notes == {}
+    save_file(tensors, path, first | {"version": "2"})
+    with pytest.raises(CheckpointError, match="format version 2, made by a newer hflow_fast.*versions up to 1; update"):
         read_checkpoint(path, "model")
 
 

@@ -25,6 +25,7 @@ def test_reads_the_keys_of_the_original() -> None:
     ({"GRAD_CLIP": float("nan")}, ["GENERAL.GRAD_CLIP"]),
     ({"DISCRETIZATION_BITS": "eight"}, ["GENERAL.DISCRETIZATION_BITS", "'eight'"]),
     ({"STEPS": None}, ["EPOCHS", "STEPS", "HOURS"]),
+    ({"LOAD_CHECKPOINT": "old/"}, ["GENERAL.LOAD_CHECKPOINT", "--resume"]),
 ])
 def test_bad_values_name_their_key(changes: dict[str, Any], words: list[str]) -> None:
     with pytest.raises(ConfigError) as error:
@@ -42,3 +43,17 @@ def test_every_missing_key_is_named() -> None:
 def test_unknown_and_missing_sections() -> None:
     with pytest.raises(ConfigError, match="GENERAL: missing key.*\nOUTPTU: unknown key"):
         TrainConfig.from_config({"OUTPTU": {}, "MODEL_PARAMETERS": {}})
+
+
+def test_what_the_original_writes_for_nothing_is_none() -> None:
+    general = TrainConfig.from_config(tiny_config(
+        DATASET_NAME="", INCEPTION_NET_PATH="", LOAD_CHECKPOINT=None, GRAD_CLIP=-1.0)).general
+    assert general.dataset_name is general.inception_net_path is general.load_checkpoint is None
+    assert general.grad_clip == -1.0
+
+
+@pytest.mark.parametrize("value, kept", [(None, None), (0, 0), (5, 5)])
+def test_number_of_checkpoints(value: int | None, kept: int | None) -> None:
+    assert TrainConfig.from_config(tiny_config()).output.keep_checkpoints == 3
+    config = tiny_config() | {"OUTPUT": {"KEEP_CHECKPOINTS": value}}
+    assert TrainConfig.from_config(config).output.keep_checkpoints == kept

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import math
+from typing import Callable
 
 import pytest
 import torch
@@ -28,6 +30,35 @@ def test_rates_with_an_odd_start_and_none() -> None:
     assert factors == pytest.approx([1, 0.95, 0.95, 0.95**2])
     at_once = GENERAL.model_copy(update={"learning_rate_decay_start": 0})
     assert [learning_rates(epoch, at_once)["flows"] / FLOW for epoch in (0, 1, 2)] == pytest.approx([1, 1, .95])
+
+
+def test_the_schedule_is_that_of_a_multiplicative_scheduler() -> None:
+    """Each epoch's factor, as the paper's training applies it: on even epochs after the start, and 0 from the cut on."""
+    config = GENERAL
+    parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(3)]
+    optimizer = torch.optim.SGD([{"params": [parameter], "lr": rate}
+                                 for parameter, rate in zip(parameters, (ENCODER, FLOW, DECODER))])
+
+    def factor(decay: float, cut: float = math.inf) -> Callable[[int], float]:
+        return lambda epoch: 0.0 if epoch >= cut else decay if epoch % 2 == 0 and epoch > 10 else 1.0
+
+    scheduler = torch.optim.lr_scheduler.MultiplicativeLR(optimizer, [factor(0.92, 60), factor(0.95), factor(0.95)])
+    for epoch in range(80):
+        expected = dict(zip(("encoders", "flows", "decoders"), scheduler.get_last_lr()))
+        assert learning_rates(epoch, config) == pytest.approx(expected), epoch
+        optimizer.step()
+        scheduler.step()
+
+
+@pytest.mark.parametrize("limit", [0.0, -1.0])
+def test_no_limit_for_the_gradient(limit: float) -> None:
+    model = TinyFlow()
+    optimizer = build_optimizer(model.parameter_groups(), GENERAL)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 1e4)
+    norm, skipped = clip_and_step(optimizer, torch.tensor(0.0), limit)
+    assert norm > 1e4 and not skipped
+    assert optimizer.state[model.decoder]["exp_avg"].flatten()[0].item() == pytest.approx(1e3)
 
 
 def test_encoders_are_frozen_from_the_cut_on() -> None:
@@ -94,3 +125,16 @@ def test_moving_average() -> None:
     assert average.initialized
     update_average(average, model, 1.0)
     assert torch.equal(average.decoder, model.decoder)
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.25])
+def test_the_average_stays_where_a_step_was_skipped(weight: float) -> None:
+    model, average = TinyFlow(), TinyFlow()
+    if weight == 1.0:
+        average.load_state_dict(model.state_dict())  # as it is in the first epoch
+    before = copy.deepcopy(average.state_dict())
+    update_average(average, model, weight, torch.tensor(True))
+    assert all(torch.equal(before[name], value) for name, value in average.state_dict().items())
+    update_average(average, model, weight, torch.tensor(False))
+    expected = torch.lerp(before["decoder"], model.decoder.detach(), weight)
+    torch.testing.assert_close(average.decoder.detach(), expected)

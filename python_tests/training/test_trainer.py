@@ -83,6 +83,16 @@ def test_a_step_prepares_the_model_once(tmp_path: Path, make_trainer: MakeTraine
     assert events == ["begin", "pass", "pass", "end", "step"]
 
 
+def test_every_pass_has_noise_of_its_own(tmp_path: Path, make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(tmp_path / "run", BATCH_SIZE=1)
+    drawn: list[float] = []
+    loss = trainer.model.loss
+    trainer.model.loss = lambda x: (drawn.append(float(torch.rand(()))), loss(x))[1]
+    for _ in range(2):
+        trainer.step()
+    assert len(drawn) == 8 == len(set(drawn))
+
+
 def test_average_follows_exactly_in_epoch_0_and_slowly_later(tmp_path: Path, make_trainer: MakeTrainer) -> None:
     trainer = make_trainer(tmp_path / "run")  # 3 steps are an epoch
     for _ in range(3):
@@ -122,3 +132,54 @@ def test_another_dataset_cannot_go_on(tmp_path: Path, make_trainer: MakeTrainer,
     monkeypatch.setattr(ImageDataset, "fingerprint", "another")
     with pytest.raises(DatasetError, match="not the dataset this run was started with"):
         make_trainer(tmp_path / "run")
+
+
+def test_a_run_killed_before_its_second_checkpoint_goes_on_exactly(tmp_path: Path, make_trainer: MakeTrainer) -> None:
+    whole = make_trainer(tmp_path / "run", noise=0.1)
+    whole.initialize()
+    whole.save()
+    expected = [whole.step().loss for _ in range(3)]
+    again = make_trainer(tmp_path / "run", noise=0.1)
+    assert again.resumed_from == again.run.checkpoint and again.step_count == 0
+    again.initialize()
+    assert torch.equal(torch.stack([again.step().loss for _ in range(3)]), torch.stack(expected))
+
+
+def test_a_skipped_step_changes_nothing_but_the_count(tmp_path: Path, make_trainer: MakeTrainer) -> None:
+    """In the second epoch, when the average differs from the model."""
+    trainer = make_trainer(tmp_path / "run")
+    for _ in range(4):
+        trainer.step()
+    before = copy.deepcopy(states(trainer)), copy.deepcopy(trainer._optimizer.state_dict()["state"])
+    loss = trainer.model.loss
+    trainer.model.loss = lambda x: loss(x) * float("nan")
+    assert trainer.step().skipped and trainer.step_count == 5
+    assert all(torch.equal(a, b) for a, b in zip(states(trainer), before[0], strict=True))
+    torch.testing.assert_close(trainer._optimizer.state_dict()["state"], before[1], rtol=0, atol=0)
+    trainer.model.loss = loss
+    trainer.step()
+    assert not torch.equal(states(trainer)[0], before[0][0])
+
+
+def test_a_skipped_step_is_repeated_exactly_to_be_diagnosed(tmp_path: Path, make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(tmp_path / "run", noise=0.1)
+    loss, inputs = trainer.model.loss, []
+
+    def record(x: torch.Tensor) -> torch.Tensor:
+        inputs.append((x.clone(), torch.get_rng_state()))
+        return loss(x)
+
+    trainer.model.loss = record
+    trainer.step()
+    trainer.diagnose()
+    half = len(inputs) // 2
+    assert half == 2
+    for (a, state_a), (b, state_b) in zip(inputs[:half], inputs[half:], strict=True):
+        assert torch.equal(a, b) and torch.equal(state_a, state_b)
+
+
+def test_changes_are_refused_before_anything_is_loaded(tmp_path: Path, make_trainer: MakeTrainer) -> None:
+    make_trainer(tmp_path / "run").save()
+    assert make_trainer(tmp_path / "run", GRAD_CLIP=1.0).changes == ["GENERAL.GRAD_CLIP: 50.0 → 1.0"]
+    with pytest.raises(ConfigError, match="GENERAL.SEED: 0 → 1"):
+        make_trainer(tmp_path / "run", SEED=1)

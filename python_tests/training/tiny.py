@@ -27,6 +27,7 @@ class TinyFlow(nn.Module):
         self.register_buffer("initialized", torch.tensor(False))
         self.resolution = SIZE
         self.dims = 3 * SIZE * SIZE
+        self.latent_shapes = [(3, SIZE, SIZE)]
         self.noise = noise
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
@@ -54,6 +55,9 @@ class TinyFlow(nn.Module):
     def decode(self, latents: list[Tensor]) -> tuple[Tensor, Tensor]:
         x = latents[0] * (-self.log_scale).exp() + self.encoder + self.decoder
         return x, -self.log_scale.sum().expand(len(x))
+
+    def latent_stds(self, std: float = 1.0) -> list[float]:
+        return [std]
 
     def sample(self, n: int, std: float = 0.8, generator: torch.Generator | None = None) -> Tensor:
         return self.decode([std * torch.randn(n, 3, SIZE, SIZE, generator=generator)])[0]

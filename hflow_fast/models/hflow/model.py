@@ -223,18 +223,37 @@ class HFlow(nn.Module):
             log_det = log_det + term
         return below / PIXEL_SCALE, log_det
 
+    def latent_stds(self, std: float | Sequence[float] = 1.0) -> list[float]:
+        """Standard deviation of each latent when images are sampled, in the order of :attr:`latent_shapes`.
+
+        Args:
+            std: temperature: factor on every level's prior std. The endblock samples at 1, as in the original. Or one
+                factor per level, finest first; one more is the endblock's.
+
+        Raises:
+            ValueError: another number of factors, or one that is negative.
+        """
+        count = len(self.levels)
+        factors = list(std) if isinstance(std, Sequence) else [std] * count
+        if len(factors) == count:
+            factors.append(1.0)
+        if len(factors) != count + 1 or not all(factor >= 0 for factor in factors):
+            raise ValueError(f"HFlow: std must be one number, {count} (one per level, finest first) or {count + 1} (the "
+                             f"endblock's last), none of them negative; got {std}.")
+        return [*(factor * level.spec.prior_std for factor, level in zip(factors, self.levels)), factors[-1]]
+
     @torch.no_grad()
-    def sample(self, n: int, std: float = 0.8, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, n: int, std: float | Sequence[float] = 0.8, generator: torch.Generator | None = None) -> Tensor:
         """Random images (n, 3, R, R), in about [-0.5, 0.5] (not clipped).
 
         Args:
-            std: temperature: factor on every level's prior std. The endblock samples at 1, as in the original.
+            std: temperature, as :meth:`latent_stds` takes it.
             generator: on the model's device; the global one if None.
         """
-        if n < 0 or std < 0:
-            raise ValueError(f"sample: n and std must not be negative, got n={n}, std={std}.")
+        if n < 0:
+            raise ValueError(f"sample: n must not be negative, got {n}.")
         parameter = next(self.parameters())
-        stds = [*(std * level.spec.prior_std for level in self.levels), 1.0]
+        stds = self.latent_stds(std)
         latents = [torch.randn(n, *shape, generator=generator, device=parameter.device, dtype=parameter.dtype) * scale
                    for shape, scale in zip(self.latent_shapes, stds)]
         return self.decode(latents)[0]

@@ -1,0 +1,33 @@
+"""``hflow-fast decode``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .options import batch_size_option, device_option, ema_option, threads_option
+
+__all__ = ["decode"]
+
+
+@click.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("latents", type=click.Path(path_type=Path))
+@click.option("--out", "directory", required=True, type=click.Path(path_type=Path), help="Folder for the images.")
+@ema_option
+@batch_size_option
+@device_option
+@threads_option
+def decode(checkpoint: Path, latents: Path, directory: Path, ema: bool, batch_size: int, device: str) -> None:
+    """Turn latents written by hflow-fast encode back into images.
+
+    CHECKPOINT is that of the model that encoded them: a run's folder or a checkpoint file.
+    """
+    from ..inference import decode_to_folder
+    from ..training import load_model
+
+    model, _ = load_model(checkpoint, average=ema, device=device)
+    count = decode_to_folder(model, latents, directory, batch_size=batch_size, model_name=str(checkpoint),
+                             progress=True)
+    click.echo(f"{directory}: {count} images.")

@@ -1,0 +1,54 @@
+"""``hflow-fast encode``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .options import batch_size_option, device_option, ema_option, threads_option
+
+__all__ = ["encode"]
+
+_SHOWN = 16
+
+
+@click.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The .safetensors file to make.")
+@click.option("--part", type=click.Choice(["all", "train", "held-out"]), default="all",
+              help="Which images of a dataset.")
+@ema_option
+@batch_size_option
+@device_option
+@threads_option
+def encode(
+    checkpoint: Path, images: tuple[Path, ...], out: Path, part: str, ema: bool, batch_size: int, device: str
+) -> None:
+    """Write the latents of images, and say how well they come back.
+
+    CHECKPOINT is a run's folder or a checkpoint file; IMAGES are image files, folders or zips of images, or datasets
+    made by hflow-fast dataset. More than 256 MiB of latents become several files, with an index beside.
+    """
+    from ..inference import encode_to_file
+    from ..training import load_model
+
+    model, _ = load_model(checkpoint, average=ema, device=device)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    done = encode_to_file(model, images, out, part=part, batch_size=batch_size, model_name=str(checkpoint),
+                          progress=True)
+    for name, reason in done.skipped[:_SHOWN]:
+        click.echo(f"skipped {name}: {reason}", err=True)
+    if len(done.skipped) > _SHOWN:
+        click.echo(f"… {len(done.skipped)} skipped in all", err=True)
+    if len(done.images) <= _SHOWN:
+        for image in done.images:
+            click.echo(f"  {image.name}: max error {image.max_error:.2g}, mean {image.mean_error:.2g}"
+                       f"{'' if image.exact else ', not bit for bit'}")
+    files = f" in {len(done.files)} files" if len(done.files) > 1 else ""
+    count = len(done.images)
+    worst = max(done.images, key=lambda image: image.max_error)
+    mean = sum(image.mean_error for image in done.images) / count
+    click.echo(f"{out}: latents of {count} images{files}. Decoded again, {sum(image.exact for image in done.images)} "
+               f"come back bit for bit; max error {worst.max_error:.2g} ({worst.name}), mean {mean:.2g} steps of 8 bits.")
