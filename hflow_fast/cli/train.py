@@ -54,11 +54,7 @@ def train(
     from ..data import ImageDataset
     from ..models import HFlow
     from ..training import RunDirectory, Session, TrainConfig, Trainer, process_group
-<<<<<<< HEAD
-=======
-    from ..training.distributed import own_device
     from ..training.fid import load_extractor
->>>>>>> trust
     from ..training.trainer import check_dataset, check_ranks
 
     with process_group(device) as ranks, ExitStack() as stack:

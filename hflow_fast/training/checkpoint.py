@@ -1,9 +1,9 @@
 """Checkpoints: one safetensors file, replaced as a whole.
 
 The file holds the tensors ``model.*``, ``average.*`` (the moving average) and, for resuming, ``training``: the
-optimizer's moments, the data order, random states and counters as bytes of ``torch.save``, read back with
-``weights_only=True``. Its metadata holds the configuration, a few notes, and a checksum of each of the three parts.
-Nothing in it is ever executed, and nothing in it belongs to one of several processes.
+optimizer's moments, the data order and counters (of which all noise is a function) as bytes of ``torch.save``, read
+back with ``weights_only=True``. Its metadata holds the configuration, a few notes, and a checksum of each of the three
+parts. Nothing in it is ever executed, and nothing in it belongs to one of several processes.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ def save_checkpoint(
         torch.save(dict(training), buffer)
         tensors["training"] = torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
     metadata = {
-        "format": _FORMAT, "version": str(_VERSION), "config": json.dumps(config), "notes": json.dumps(dict(notes or {})),
+        "format": _FORMAT, "version": str(_VERSION),
+        "config": json.dumps(config), "notes": json.dumps(dict(notes or {})),
         "checksums": json.dumps({part: _checksum(part, tensors) for part in ("model", "average", "training")}),
     }
     try:

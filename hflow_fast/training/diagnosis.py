@@ -70,7 +70,7 @@ class _Watch:
                 which = f"output {index} of {layer}" if len(tensors) > 1 else f"output of {layer}"
                 if not _finite(tensor):
                     inputs_finite = all(map(_finite, _tensors(inputs)))
-                    cause = "finite" if inputs_finite else "not finite either: it arises between the layer before and it"
+                    cause = "finite" if inputs_finite else "not finite either: it arises between two layers"
                     self.output = (f"The first tensor that is not finite is the {which}: {_share(tensor)}, "
                                    f"its inputs are {cause}.")
                     return

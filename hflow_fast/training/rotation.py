@@ -51,7 +51,7 @@ def keep_checkpoint(folder: Path, step: int, count: int | None, *, best: bool) -
             for path in sorted((path for path in numbers if numbers[path] <= step), key=numbers.get)[:-count]:
                 path.unlink()
     except OSError as error:
-        raise CheckpointError(f"{latest}: saved, but the checkpoints beside it are not up to date ({error}).") from error
+        raise CheckpointError(f"{latest}: saved, but those beside it are not up to date ({error}).") from error
 
 
 def _name(file: Path, name: Path) -> None:

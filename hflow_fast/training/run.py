@@ -20,7 +20,11 @@ __all__ = ["RunDirectory"]
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """``config.json``, ``log.txt``, ``metrics.jsonl``, ``checkpoints/``, ``samples/``, ``reconstructions/``, ``tb/``."""
+    """The files of a run.
+
+    ``config.json``, ``log.txt``, ``metrics.jsonl``, ``samples/``, ``reconstructions/``, ``tb/``, and ``checkpoints/``,
+    of which :mod:`.rotation` says what is in it.
+    """
 
     path: Path
 

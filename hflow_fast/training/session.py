@@ -245,10 +245,10 @@ class Session:
         text = (f"{trainer.run.path}: the loss or its gradient was not finite in {skipped} steps in a row, up to step "
                 f"{trainer.step_count}. {trainer.diagnose()} ")
         try:
-            checkpoint = read_checkpoint(trainer.run.path)
+            checkpoint = read_checkpoint(trainer.run.path, "training")
         except CheckpointError as error:
             return f"{text}No checkpoint to go on from: {error}"
-        return (f"{text}The last good checkpoint is {checkpoint.path}, of step {checkpoint.notes['step']}: check the "
+        return (f"{text}The last good checkpoint is {checkpoint.path}, of step {checkpoint.training['step']}: check the "
                 "data, or lower the learning rates in config.json, and go on with --resume.")
 
     def _evaluate(self, log: RunLog | None, *, grids: bool, metrics: bool) -> bool:

@@ -43,8 +43,8 @@ def passes(model: nn.Module, count: int = 2, factor: float = 1.0) -> Iterator[Te
 def test_the_layer_whose_output_is_not_finite_is_named() -> None:
     model = Model("output")
     assert diagnose(model, passes(model)) == (
-        "The first tensor that is not finite is the output 1 of broken (Broken): 1 of its 12 values are NaN or infinite, "
-        "its inputs are finite.")
+        "The first tensor that is not finite is the output 1 of broken (Broken): 1 of its 12 values are NaN or "
+        "infinite, its inputs are finite.")
 
 
 def test_the_gradient_that_is_not_finite_is_named() -> None:

@@ -33,7 +33,7 @@ def test_rates_with_an_odd_start_and_none() -> None:
 
 
 def test_the_schedule_is_that_of_a_multiplicative_scheduler() -> None:
-    """Each epoch's factor, as the paper's training applies it: on even epochs after the start, and 0 from the cut on."""
+    """Each epoch's factor as in the paper: the decay on even epochs after the start, 0 from the cut on."""
     config = GENERAL
     parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(3)]
     optimizer = torch.optim.SGD([{"params": [parameter], "lr": rate}
