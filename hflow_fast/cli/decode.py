@@ -27,7 +27,7 @@ def decode(checkpoint: Path, latents: Path, directory: Path, ema: bool, batch_si
     from ..inference import decode_to_folder
     from ..training import load_model
 
-    model, _ = load_model(checkpoint, average=ema, device=device)
+    model, _ = load_model(checkpoint, average=ema, device=device, precision=precision)
     count = decode_to_folder(model, latents, directory, batch_size=batch_size, model_name=str(checkpoint),
                              progress=True)
     click.echo(f"{directory}: {count} images.")

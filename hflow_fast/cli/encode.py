@@ -34,7 +34,7 @@ def encode(
     from ..inference import encode_to_file
     from ..training import load_model
 
-    model, _ = load_model(checkpoint, average=ema, device=device)
+    model, _ = load_model(checkpoint, average=ema, device=device, precision=precision)
     out.parent.mkdir(parents=True, exist_ok=True)
     done = encode_to_file(model, images, out, part=part, batch_size=batch_size, model_name=str(checkpoint),
                           progress=True)

@@ -67,7 +67,7 @@ def evaluate(
     from ..errors import ConfigError, DatasetError
     from ..training import TrainConfig, load_model
 
-    model, config = load_model(checkpoint, average=ema, device=device)
+    model, config = load_model(checkpoint, average=ema, device=device, precision=precision)
     settings = TrainConfig.from_config(config)
     path = data or settings.general.dataset_path
     if path is None:

@@ -58,7 +58,7 @@ def interpolate(
     as_strip = out.suffix.lower() == ".png"
     if not as_strip:
         inference.check_video_path(out)
-    model, config = load_model(checkpoint, average=ema, device=device)
+    model, config = load_model(checkpoint, average=ema, device=device, precision=precision)
     if seeds is None:
         ends = [inference.latents_of(model, inference.read_image(path, model.resolution)[None]) for path in images]
     else:

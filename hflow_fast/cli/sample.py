@@ -38,7 +38,7 @@ def sample(
     from ..training import load_model
 
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    model, config = load_model(checkpoint, average=ema, device=device)
+    model, config = load_model(checkpoint, average=ema, device=device, precision=precision)
     std = sampling_std(model, config, std)
     drawn = write_samples(model, directory, count, std=std, seed=seed, batch_size=batch_size, rank=rank,
                           world_size=world_size, progress=rank == 0)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Callable
 
 import click
 
-from .options import (batch_size_option, device_option, ema_option, new_file, sampling_std, seed_option, std_option,
+from .options import (batch_size_option, device_option, ema_option, new_file, precision_option, sampling_std, seed_option, std_option,
                       threads_option)
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def _images_of_user(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    for decorate in (threads_option, device_option, batch_size_option, ema_option):
+    for decorate in (threads_option, precision_option, device_option, batch_size_option, ema_option):
         command = decorate(command)
     return command
 
@@ -101,7 +101,7 @@ def randomize(
     from ..inference import studies
     from ..training import load_model
 
-    model, _ = load_model(checkpoint, average=ema, device=device)
+    model, _ = load_model(checkpoint, average=ema, device=device, precision=precision)
     chosen = _read(images, model.resolution, part, pick)
     names = studies.level_names(model)
     with tqdm(total=len(names) * len(chosen) * draws, unit=" images", disable=None) as bar:
@@ -132,7 +132,7 @@ def zero(
     from ..inference import save_png, studies
     from ..training import load_model
 
-    model, _ = load_model(checkpoint, average=ema, device=device)
+    model, _ = load_model(checkpoint, average=ema, device=device, precision=precision)
     chosen = _read(images, model.resolution, part, pick)
     steps = studies.zero_levels(model, chosen, start=start, batch_size=batch_size)
     order = studies.level_names(model)
@@ -168,7 +168,7 @@ def hold(
     from ..inference import save_png, studies
     from ..training import load_model
 
-    model, config = load_model(checkpoint, average=ema, device=device)
+    model, config = load_model(checkpoint, average=ema, device=device, precision=precision)
     std = sampling_std(model, config, std)
     chosen = _read(images, model.resolution, part, pick)
     samples = studies.hold_levels(model, chosen, keep=keep, draws=draws, std=std, seed=seed, batch_size=batch_size)
@@ -201,7 +201,7 @@ def seeds(
     from ..inference import save_png, studies
     from ..training import load_model
 
-    model, _ = load_model(checkpoint, average=ema, device=device)
+    model, _ = load_model(checkpoint, average=ema, device=device, precision=precision)
     samples = studies.seed_samples(model, seeds, stds, batch_size=batch_size)
     out.parent.mkdir(parents=True, exist_ok=True)
     save_png(studies.labelled_grid(samples, rows=[f"std\n{std:g}" for std in stds],
@@ -235,7 +235,7 @@ def walk(
     from ..training import load_model
 
     check_video_path(out)
-    model, config = load_model(checkpoint, average=ema, device=device)
+    model, config = load_model(checkpoint, average=ema, device=device, precision=precision)
     std = sampling_std(model, config, std)
     levels = len(model.latent_shapes)
     if len(steps) not in (1, levels):

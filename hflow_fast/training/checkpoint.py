@@ -159,7 +159,8 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], path: Path) -
 
 
 def load_model(
-    path: str | os.PathLike[str], *, average: bool = True, device: torch.device | str = "cpu"
+    path: str | os.PathLike[str], *, average: bool = True, device: torch.device | str = "cpu",
+    precision: Precision | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The model of a checkpoint, ready for evaluation, and its configuration.
 
@@ -167,6 +168,7 @@ def load_model(
         path: a checkpoint file, or a run directory.
         average: take the moving average of the parameters, if the checkpoint has one, instead of the last ones.
         device: where the model goes.
+        precision: of its networks; see :meth:`hflow_fast.models.HFlow.set_precision`.
 
     Raises:
         CheckpointError: the file is missing, damaged, or does not fit its own configuration.
@@ -179,7 +181,7 @@ def load_model(
         raise CheckpointError(f"{checkpoint.path}: holds no model.")
     model = HFlow.from_config(checkpoint.config)
     load_weights(model, weights, checkpoint.path)
-    return model.to(device).eval(), checkpoint.config
+    return model.to(device).set_precision(precision).eval(), checkpoint.config
 
 
 def _unpack(data: Tensor, path: Path) -> dict[str, Any]:

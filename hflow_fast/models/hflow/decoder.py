@@ -37,7 +37,7 @@ class CodeDecoder(nn.Module):
         self.canvas = nn.Parameter(torch.randn(1, settings.autoencoder_channels, 4, 4))
 
     def forward(self, code: Tensor) -> Tensor:
-        canvas = self.canvas.expand(code.shape[0], -1, -1, -1)
+        canvas = self.canvas.to(code.dtype).expand(code.shape[0], -1, -1, -1)
         return canvas + code if self.use_code else canvas
 
 
@@ -69,7 +69,7 @@ class LevelDecoder(nn.Module):
         return target + torch.randn_like(target) * (batch_std(target) * self.noise) if self.noise else target
 
     def forward(self, target: Tensor, style: Tensor | None, skip: Tensor | None) -> Decoded:
-        x = target
+        x = self.blocks[0].input.entering(target)
         if self.refine is not None:
             x = self.refine(x, skip)
         for index, block in enumerate(self.blocks):

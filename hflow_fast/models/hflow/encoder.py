@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from .architecture import LevelSpec
 from .config import EndblockConfig
 from .layers import EqualConv2d, downsample, instance_norm
+from .precision import widen
 
 __all__ = ["CodeEncoder", "LevelEncoder"]
 
@@ -56,7 +57,7 @@ class LevelEncoder(nn.Module):
         x = self.halvings[0](x)
         for between, halving in zip(self.between, self.halvings[1:]):
             x = halving(instance_norm(between(x)))
-        target = None if self.target is None else instance_norm(self.target(x))
+        target = None if self.target is None else instance_norm(widen(self.target(x)))
         return target, self.features(x)
 
 
@@ -73,7 +74,7 @@ class CodeEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = instance_norm(self.between(self.to_2x2(x)))
-        return self.code(self.to_1x1(x))
+        return widen(self.code(self.to_1x1(x)))
 
 
 def _norm_unless_pixel(x: Tensor) -> Tensor:
