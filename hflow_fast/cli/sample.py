@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
-from .options import (batch_size_option, device_option, ema_option, sampling_std, seed_option, std_option,
-                      threads_option)
+from .options import (batch_size_option, device_option, ema_option, precision_option, sampling_std, seed_option,
+                      std_option, threads_option)
 
 __all__ = ["sample"]
 
@@ -22,10 +22,11 @@ __all__ = ["sample"]
 @ema_option
 @batch_size_option
 @device_option
+@precision_option
 @threads_option
 def sample(
     checkpoint: Path, directory: Path, count: int, std: float | tuple[float, ...] | None, seed: int, ema: bool,
-    batch_size: int, device: str,
+    batch_size: int, device: str, precision: str | None,
 ) -> None:
     """Draw images from a trained model.
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Callable
 
 import click
 
-from .options import (batch_size_option, device_option, ema_option, new_file, precision_option, sampling_std, seed_option, std_option,
-                      threads_option)
+from .options import (batch_size_option, device_option, ema_option, new_file, precision_option, sampling_std,
+                      seed_option, std_option, threads_option)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -90,7 +90,7 @@ def study() -> None:
 @_model_options
 def randomize(
     checkpoint: Path, images: tuple[Path, ...], part: str, pick: tuple[int, ...] | None, out: Path, draws: int,
-    std: float, seed: int, ema: bool, batch_size: int, device: str,
+    std: float, seed: int, ema: bool, batch_size: int, device: str, precision: str | None,
 ) -> None:
     """Draw one level's latents anew: heat maps of what changes.
 
@@ -123,7 +123,7 @@ def randomize(
 @_model_options
 def zero(
     checkpoint: Path, images: tuple[Path, ...], part: str, pick: tuple[int, ...] | None, out: Path, start: str,
-    ema: bool, batch_size: int, device: str,
+    ema: bool, batch_size: int, device: str, precision: str | None,
 ) -> None:
     """Set latents to zero, level after level.
 
@@ -156,7 +156,7 @@ def zero(
 @_model_options
 def hold(
     checkpoint: Path, images: tuple[Path, ...], part: str, pick: tuple[int, ...] | None, out: Path, keep: str,
-    draws: int, std: Std | None, seed: int, ema: bool, batch_size: int, device: str,
+    draws: int, std: Std | None, seed: int, ema: bool, batch_size: int, device: str, precision: str | None,
 ) -> None:
     """Hold some levels' latents and draw the others anew.
 
@@ -195,7 +195,7 @@ def hold(
 @_model_options
 def seeds(
     checkpoint: Path, out: Path, seeds: tuple[int, ...], stds: tuple[float, ...], ema: bool, batch_size: int,
-    device: str,
+    device: str, precision: str | None,
 ) -> None:
     """Sample the same seeds at several standard deviations."""
     from ..inference import save_png, studies
@@ -224,7 +224,7 @@ def seeds(
 @_model_options
 def walk(
     checkpoint: Path, out: Path, count: int, frames: int, fps: float, turns: int, steps: tuple[float, ...],
-    std: Std | None, seed: int, ema: bool, batch_size: int, device: str,
+    std: Std | None, seed: int, ema: bool, batch_size: int, device: str, precision: str | None,
 ) -> None:
     """Film a walk through latent space that ends where it began."""
     import math

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..configs import load_config
-from .options import device_option, threads_option
+from .options import device_option, precision_option, threads_option
 
 if TYPE_CHECKING:
     from ..training import GeneralConfig
@@ -33,10 +33,12 @@ __all__ = ["train"]
               "accumulated over SAMPLES_PER_GRAD_EVAL images, or this many if it is more.")
 @click.option("--seed", type=click.IntRange(min=0), help="Of weights, data order and noise.")
 @device_option
+@precision_option
 @threads_option
 def train(
     config: str | None, data: Path | None, directory: Path | None, resume: bool, steps: int | None, epochs: int | None,
     hours: float | None, batch_size: int | None, seed: int | None, device: str,
+    precision: str | None,
 ) -> None:
     """Train a model.
 
@@ -63,7 +65,7 @@ def train(
         with ranks.together():  # all that can be wrong is found out before the run's folder is made
             settings = _settings(config, directory, resume)
             _override(settings.setdefault("GENERAL", {}), data, {"STEPS": steps, "EPOCHS": epochs, "HOURS": hours},
-                      batch_size, seed)
+                      batch_size, {"SEED": seed, "PRECISION": precision})
             general = TrainConfig.from_config(settings).general
             if general.dataset_path is None:
                 raise click.UsageError("give the dataset with --data.")
@@ -140,7 +142,7 @@ def _new_directory(config: str) -> Path:
 
 
 def _override(
-    general: dict[str, Any], data: Path | None, limits: dict[str, Any], batch_size: int | None, seed: int | None
+    general: dict[str, Any], data: Path | None, limits: dict[str, Any], batch_size: int | None, others: dict[str, Any]
 ) -> None:
     """Writes the options that were given over the keys of section GENERAL."""
     if any(limits.values()):
@@ -150,5 +152,4 @@ def _override(
     if batch_size is not None:
         general["BATCH_SIZE"] = batch_size
         general["SAMPLES_PER_GRAD_EVAL"] = max(batch_size, general.get("SAMPLES_PER_GRAD_EVAL", 0))
-    if seed is not None:
-        general["SEED"] = seed
+    general.update({key: value for key, value in others.items() if value is not None})

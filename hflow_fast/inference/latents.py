@@ -34,6 +34,7 @@ __all__ = ["Encoded", "LatentFiles", "RoundTrip", "decode_to_folder", "encode_to
 
 _FORMAT = {"format": "hflow_fast latents", "version": "1"}
 _FILE_BYTES = 2**28
+_LARGEST_ELEMENT = 8  # float64, of latents of networks coarser than float32
 _STEPS = 256
 
 
@@ -97,8 +98,10 @@ def encode_to_file(
     _check_free(path)
     identity = {"model": model_fingerprint(model), "model_name": model_name, "resolution": str(model.resolution),
                 "bits": "8"}
+    if hasattr(model, "precision"):
+        identity["precision"] = model.precision
     if images_per_file is None:
-        per_image = sum(map(math.prod, model.latent_shapes)) * next(model.parameters()).element_size()
+        per_image = sum(map(math.prod, model.latent_shapes)) * _LARGEST_ELEMENT
         images_per_file = max(1, _FILE_BYTES // per_image)
     with (
         open_images(images, model.resolution, part=part) as source,
@@ -142,6 +145,8 @@ class LatentFiles:
         """Fingerprint of the model that made them."""
         self.model_name = metadata[0]["model_name"]
         """What that model was called."""
+        self.precision = metadata[0]["precision"]
+        """In which its networks computed, which takes latents back exactly; None where a file does not say."""
         for file, each in zip(self._files, metadata):
             if each["model"] != self.model:
                 raise DatasetError(f"{file}: made by another model than {self._files[0]}; encode the images again.")
@@ -209,11 +214,11 @@ def decode_to_folder(
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ConfigError(f"{directory}: already exists and is not empty; give the images another folder.")
     directory.mkdir(parents=True, exist_ok=True)
-    names = iter(enumerate(latents.names))
+    names, device = iter(enumerate(latents.names)), next(model.parameters()).device
     with tqdm(total=len(latents), unit=" images", disable=None if progress else True) as bar:
         for batch in latents.batches(batch_size):
             _check_shapes(model, batch, latents.path)
-            images = to_uint8(model.decode([part.to(next(model.parameters())) for part in batch])[0])
+            images = to_uint8(model.decode([part.to(device) for part in batch])[0])
             for image in images.cpu():
                 index, name = next(names)
                 save_png(image, directory / f"{index:06d}_{_safe_stem(name)}.png")
@@ -309,7 +314,8 @@ def _read_metadata(file: Path) -> dict[str, Any]:
         raise DatasetError(f"{file}: not latents of this version of hflow_fast; give what hflow-fast encode has written.")
     try:
         names = json.loads(metadata["names"])
-        return {"model": metadata["model"], "model_name": metadata["model_name"], "names": list(map(str, names))}
+        return {"model": metadata["model"], "model_name": metadata["model_name"],
+                "precision": metadata.get("precision"), "names": list(map(str, names))}
     except (ValueError, LookupError, TypeError) as error:
         raise _damaged(file, f"its metadata: {error}") from error
 

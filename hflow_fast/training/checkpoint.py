@@ -16,7 +16,7 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Mapping
+from typing import TYPE_CHECKING, Any, Mapping
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,6 +26,9 @@ from torch import Tensor, nn
 from .._files import replacing
 from ..errors import CheckpointError
 from .rotation import checkpoint_files
+
+if TYPE_CHECKING:
+    from ..models.hflow.precision import Precision
 
 __all__ = ["Checkpoint", "load_model", "load_weights", "read_checkpoint", "save_checkpoint"]
 

@@ -73,6 +73,8 @@ class Trainer:
         check_ranks(self.ranks.count, general)
         check_dataset(dataset, model.resolution, general)
         self.model = model.to(device)
+        if hasattr(model, "set_precision"):
+            model.set_precision(general.precision)
         self.average = copy.deepcopy(self.model).requires_grad_(False).eval()
         self.dataset = dataset
         self.run = run

@@ -325,7 +325,7 @@ class HFlow(nn.Module):
     def _condition(self, code: Tensor) -> tuple[Tensor, Tensor | None]:
         """The canvas below the lowest level (B, C, 4, 4), and the style (B, S)."""
         style = None if self.style is None else self.style(code * self.endblock.style_mask)
-        return self.code_decoder(self.code_projection(code * self.endblock.base_mask)), style
+        return self._entering(self.code_decoder(self.code_projection(code * self.endblock.base_mask))), style
 
     def _entering(self, x: Tensor) -> Tensor:
         """An image or latent (B, C, H, W) in the memory format of the features."""
