@@ -100,6 +100,10 @@ def test_gradients_of_a_group_gather_in_float32(tiny_model, images):
     assert torch.cosine_similarity(*everything[:2], dim=0) > 0.95
     difference = (everything[1] - everything[2]).norm() / everything[1].norm()
     assert difference < 3e-3, difference
+    with tiny_model.prepared():
+        tiny_model.loss(images).mean().backward()
+        tiny_model._weights.collect()
+        assert {total.dtype for total in tiny_model._weights._sums if total is not None} == {torch.float32}
 
 
 def test_without_instructions_bf16_rounds_where_it_would(tiny_model, images, monkeypatch):

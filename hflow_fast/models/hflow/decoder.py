@@ -37,7 +37,7 @@ class CodeDecoder(nn.Module):
         self.canvas = nn.Parameter(torch.randn(1, settings.autoencoder_channels, 4, 4))
 
     def forward(self, code: Tensor) -> Tensor:
-        canvas = self.canvas.to(code.dtype).expand(code.shape[0], -1, -1, -1)
+        canvas = self.canvas.expand(code.shape[0], -1, -1, -1)
         return canvas + code if self.use_code else canvas
 
 
