@@ -120,7 +120,7 @@ class HFlow(nn.Module):
                 weights and features in bfloat16. tf32 and fp32 are PyTorch's setting of the whole process
                 (:data:`torch.backends.cudnn.allow_tf32`), and until this is called, what it is holds. None: tf32 on a
                 GPU, fp32 elsewhere. It is not saved with the weights, which fit all.
-            channels_last: memory format of images, flow variables and features. None: as suits precision and device.
+            channels_last: memory format of flow variables and features, inside. None: as suits precision and device.
 
         Returns:
             The model.
@@ -239,7 +239,7 @@ class HFlow(nn.Module):
             latents.append(latent)
             log_det = log_det + term
             below = target
-        return latents[::-1], log_det
+        return [latent.contiguous() for latent in reversed(latents)], log_det
 
     def decode(self, latents: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Latents, as from :meth:`encode`, → images (B, 3, R, R) and log|det| (B,) summed over all flows.
@@ -261,7 +261,7 @@ class HFlow(nn.Module):
         for level, latent in zip(reversed(self.levels), reversed(latents)):
             below, term, skip = level.decode(latent, below, style, skip)
             log_det = log_det + term
-        return (below / PIXEL_SCALE).to(next(self.parameters()).dtype), log_det
+        return (below / PIXEL_SCALE).to(next(self.parameters()).dtype).contiguous(), log_det
 
     def latent_stds(self, std: float | Sequence[float] = 1.0) -> list[float]:
         """Standard deviation of each latent when images are sampled, in the order of :attr:`latent_shapes`.
