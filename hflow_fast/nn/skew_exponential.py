@@ -135,10 +135,14 @@ class _Exponential(torch.autograd.Function):
             of_combinations = torch.stack([of_ninth @ combinations[4].mT, gradient, of_outer, of_ninth,
                                            combinations[0].mT @ of_ninth])
             of_first, of_second, of_third, of_sixth = _mix(factors.mT, of_combinations)
-            of_third = of_third + _both_sides(third, of_sixth)
-            of_second = torch.baddbmm(of_second, of_third, skew.mT)
-            of_first = torch.baddbmm(of_first, second.mT, of_third)
-            return of_first + _both_sides(skew, of_second), None
+            # Even powers stay symmetric and odd ones skew, so that only this part of their gradients counts, and
+            # H·S + S·H for a symmetric H is one product less its transpose.
+            half = (of_sixth + of_sixth.mT) @ third
+            of_third = (of_third - of_third.mT).sub_(half).add_(half.mT).mul_(0.5)
+            of_second.baddbmm_(of_third, skew, alpha=-1.0)
+            of_first.baddbmm_(second, of_third)
+            half = (of_second + of_second.mT) @ skew
+            return of_first.sub_(half, alpha=0.5).add_(half.mT, alpha=0.5), None
 
 
 def _powers(skew: Tensor) -> tuple[Tensor, ...]:
@@ -170,7 +174,7 @@ def _orthogonalized(rotation: Tensor) -> Tensor:
 
 def _both_sides(matrix: Tensor, gradient: Tensor) -> Tensor:
     """The gradient of M in M², given that of M²."""
-    return torch.baddbmm(gradient @ matrix.mT, matrix.mT, gradient)
+    return (gradient @ matrix.mT).baddbmm_(matrix.mT, gradient)
 
 
 def _mix(factors: Tensor, stack: Tensor) -> Tensor:

@@ -143,7 +143,8 @@ class EffectiveWeights:
         return needed
 
     def _parameters(self) -> list[Tensor]:
-        return [parameter for layer in self._layers for parameter in (layer.weight, layer.bias)]
+        # Not layer.weight and layer.bias, which search: before every pass that is a millisecond.
+        return [parameter for layer in self._layers for parameter in layer._parameters.values()]
 
     def _install(self, tensors: Sequence[Tensor], affines: Sequence[StepAffines]) -> None:
         values = iter(tensors)

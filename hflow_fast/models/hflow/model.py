@@ -34,6 +34,9 @@ class HFlow(nn.Module):
     has a conditional flow for its target given the target below; the endblock has one for the code. So the model
     samples from coarse to fine, and its likelihood is bounded by the sum over levels.
 
+    After ``model.to(memory_format=torch.channels_last)`` everything runs in that format, as the weights say. Several
+    passes with the same weights share what depends on them alone inside :meth:`prepared`.
+
     Example:
         >>> model = HFlow.from_config("tiny-16")
         >>> x = torch.rand(2, 3, 16, 16) - 0.5
