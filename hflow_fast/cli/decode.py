@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .options import batch_size_option, device_option, ema_option, threads_option
+from .options import batch_size_option, device_option, ema_option, precision_option, threads_option
 
 __all__ = ["decode"]
 
@@ -18,16 +18,20 @@ __all__ = ["decode"]
 @ema_option
 @batch_size_option
 @device_option
+@precision_option
 @threads_option
-def decode(checkpoint: Path, latents: Path, directory: Path, ema: bool, batch_size: int, device: str) -> None:
+def decode(
+    checkpoint: Path, latents: Path, directory: Path, ema: bool, batch_size: int, device: str, precision: str | None
+) -> None:
     """Turn latents written by hflow-fast encode back into images.
 
-    CHECKPOINT is that of the model that encoded them: a run's folder or a checkpoint file.
+    CHECKPOINT is that of the model that encoded them: a run's folder or a checkpoint file. Images come back as exactly as
+    can be in the precision and at the batch size of encoding, which are the defaults.
     """
-    from ..inference import decode_to_folder
+    from ..inference import LatentFiles, decode_to_folder
     from ..training import load_model
 
-    model, _ = load_model(checkpoint, average=ema, device=device)
+    model, _ = load_model(checkpoint, average=ema, device=device, precision=precision or LatentFiles(latents).precision)
     count = decode_to_folder(model, latents, directory, batch_size=batch_size, model_name=str(checkpoint),
                              progress=True)
     click.echo(f"{directory}: {count} images.")

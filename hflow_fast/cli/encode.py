@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .options import batch_size_option, device_option, ema_option, threads_option
+from .options import batch_size_option, device_option, ema_option, precision_option, threads_option
 
 __all__ = ["encode"]
 
@@ -22,9 +22,11 @@ _SHOWN = 16
 @ema_option
 @batch_size_option
 @device_option
+@precision_option
 @threads_option
 def encode(
-    checkpoint: Path, images: tuple[Path, ...], out: Path, part: str, ema: bool, batch_size: int, device: str
+    checkpoint: Path, images: tuple[Path, ...], out: Path, part: str, ema: bool, batch_size: int, device: str,
+    precision: str | None,
 ) -> None:
     """Write the latents of images, and say how well they come back.
 
@@ -34,7 +36,7 @@ def encode(
     from ..inference import encode_to_file
     from ..training import load_model
 
-    model, _ = load_model(checkpoint, average=ema, device=device)
+    model, _ = load_model(checkpoint, average=ema, device=device, precision=precision)
     out.parent.mkdir(parents=True, exist_ok=True)
     done = encode_to_file(model, images, out, part=part, batch_size=batch_size, model_name=str(checkpoint),
                           progress=True)

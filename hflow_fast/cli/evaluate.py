@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import device_option, ema_option, new_file, threads_option
+from .options import device_option, ema_option, new_file, precision_option, threads_option
 
 if TYPE_CHECKING:
     from torch import nn
@@ -48,11 +48,12 @@ _FEW = 30
               value and new_file(context, parameter, value), help="Write the numbers to this new file, too.")
 @ema_option
 @device_option
+@precision_option
 @threads_option
 def evaluate(
     checkpoint: Path, data: Path | None, split: str, count: int | None, draws: int, seed: int, batch_size: int | None,
     network: Path | None, fid_n: int | None, fid_std: float | None, fid_split: str, cache: Path | None,
-    record: Path | None, ema: bool, device: str,
+    record: Path | None, ema: bool, device: str, precision: str | None,
 ) -> None:
     """Measure a model: bits per dimension, beside baselines, and the FID.
 
@@ -67,7 +68,7 @@ def evaluate(
     from ..errors import ConfigError, DatasetError
     from ..training import TrainConfig, load_model
 
-    model, config = load_model(checkpoint, average=ema, device=device)
+    model, config = load_model(checkpoint, average=ema, device=device, precision=precision)
     settings = TrainConfig.from_config(config)
     path = data or settings.general.dataset_path
     if path is None:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from .options import (batch_size_option, device_option, ema_option, new_file, sampling_std, std_option,
-                      threads_option)
+from .options import (batch_size_option, device_option, ema_option, new_file, precision_option, sampling_std,
+                      std_option, threads_option)
 
 __all__ = ["interpolate"]
 
@@ -30,11 +30,12 @@ __all__ = ["interpolate"]
 @ema_option
 @batch_size_option
 @device_option
+@precision_option
 @threads_option
 def interpolate(
     checkpoint: Path, images: tuple[Path, ...], out: Path, seeds: tuple[int, int] | None,
     std: float | tuple[float, ...] | None, frames: int, fps: float, loop: bool, mode: str, space: str, ema: bool,
-    batch_size: int, device: str,
+    batch_size: int, device: str, precision: str | None,
 ) -> None:
     """Go from one image to another through a model's latents.
 
@@ -58,7 +59,7 @@ def interpolate(
     as_strip = out.suffix.lower() == ".png"
     if not as_strip:
         inference.check_video_path(out)
-    model, config = load_model(checkpoint, average=ema, device=device)
+    model, config = load_model(checkpoint, average=ema, device=device, precision=precision)
     if seeds is None:
         ends = [inference.latents_of(model, inference.read_image(path, model.resolution)[None]) for path in images]
     else:

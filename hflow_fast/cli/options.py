@@ -11,8 +11,8 @@ import click
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["batch_size_option", "device_option", "ema_option", "new_file", "sampling_std", "seed_option", "std_option",
-           "threads_option"]
+__all__ = ["batch_size_option", "device_option", "ema_option", "new_file", "precision_option", "sampling_std",
+           "seed_option", "std_option", "threads_option"]
 
 
 def _device(context: click.Context, parameter: click.Parameter, value: str) -> str:
@@ -43,6 +43,12 @@ def device_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--device", default="auto", callback=_device,
                         help="cpu, cuda, cuda:1 …; auto takes the GPU if there is one. "
                         "Under torchrun, cuda is a GPU for each process.")(command)
+
+
+def precision_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """``--precision``, given to the command as "fp32", "tf32", "bf16" or None, which is the device's."""
+    return click.option("--precision", type=click.Choice(["fp32", "tf32", "bf16"]), help="Arithmetic of the networks; "
+                        "flows compute in float32 or better.  [default: tf32 on a GPU, else fp32]")(command)
 
 
 def threads_option(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
-from .options import (batch_size_option, device_option, ema_option, sampling_std, seed_option, std_option,
-                      threads_option)
+from .options import (batch_size_option, device_option, ema_option, precision_option, sampling_std, seed_option,
+                      std_option, threads_option)
 
 __all__ = ["sample"]
 
@@ -23,10 +23,11 @@ __all__ = ["sample"]
 @ema_option
 @batch_size_option
 @device_option
+@precision_option
 @threads_option
 def sample(
     checkpoint: Path, directory: Path, count: int, std: float | tuple[float, ...] | None, seed: int, ema: bool,
-    batch_size: int, device: str,
+    batch_size: int, device: str, precision: str | None,
 ) -> None:
     """Draw images from a trained model.
 
@@ -39,7 +40,7 @@ def sample(
     from ..training import load_model
 
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    model, config = load_model(checkpoint, average=ema, device=device)
+    model, config = load_model(checkpoint, average=ema, device=device, precision=precision)
     std = sampling_std(model, config, std)
     drawn = write_samples(model, directory, count, std=std, seed=seed, batch_size=batch_size, rank=rank,
                           world_size=world_size, progress=rank == 0)

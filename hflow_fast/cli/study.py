@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Callable
 
 import click
 
-from .options import (batch_size_option, device_option, ema_option, new_file, sampling_std, seed_option, std_option,
-                      threads_option)
+from .options import (batch_size_option, device_option, ema_option, new_file, precision_option, sampling_std,
+                      seed_option, std_option, threads_option)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,7 +66,7 @@ def _images_of_user(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    for decorate in (threads_option, device_option, batch_size_option, ema_option):
+    for decorate in (threads_option, precision_option, device_option, batch_size_option, ema_option):
         command = decorate(command)
     return command
 
@@ -90,7 +90,7 @@ def study() -> None:
 @_model_options
 def randomize(
     checkpoint: Path, images: tuple[Path, ...], part: str, pick: tuple[int, ...] | None, out: Path, draws: int,
-    std: float, seed: int, ema: bool, batch_size: int, device: str,
+    std: float, seed: int, ema: bool, batch_size: int, device: str, precision: str | None,
 ) -> None:
     """Draw one level's latents anew: heat maps of what changes.
 
@@ -101,7 +101,7 @@ def randomize(
     from ..inference import studies
     from ..training import load_model
 
-    model, _ = load_model(checkpoint, average=ema, device=device)
+    model, _ = load_model(checkpoint, average=ema, device=device, precision=precision)
     chosen = _read(images, model.resolution, part, pick)
     names = studies.level_names(model)
     with tqdm(total=len(names) * len(chosen) * draws, unit=" images", disable=None) as bar:
@@ -123,7 +123,7 @@ def randomize(
 @_model_options
 def zero(
     checkpoint: Path, images: tuple[Path, ...], part: str, pick: tuple[int, ...] | None, out: Path, start: str,
-    ema: bool, batch_size: int, device: str,
+    ema: bool, batch_size: int, device: str, precision: str | None,
 ) -> None:
     """Set latents to zero, level after level.
 
@@ -132,7 +132,7 @@ def zero(
     from ..inference import save_png, studies
     from ..training import load_model
 
-    model, _ = load_model(checkpoint, average=ema, device=device)
+    model, _ = load_model(checkpoint, average=ema, device=device, precision=precision)
     chosen = _read(images, model.resolution, part, pick)
     steps = studies.zero_levels(model, chosen, start=start, batch_size=batch_size)
     order = studies.level_names(model)
@@ -156,7 +156,7 @@ def zero(
 @_model_options
 def hold(
     checkpoint: Path, images: tuple[Path, ...], part: str, pick: tuple[int, ...] | None, out: Path, keep: str,
-    draws: int, std: Std | None, seed: int, ema: bool, batch_size: int, device: str,
+    draws: int, std: Std | None, seed: int, ema: bool, batch_size: int, device: str, precision: str | None,
 ) -> None:
     """Hold some levels' latents and draw the others anew.
 
@@ -168,7 +168,7 @@ def hold(
     from ..inference import save_png, studies
     from ..training import load_model
 
-    model, config = load_model(checkpoint, average=ema, device=device)
+    model, config = load_model(checkpoint, average=ema, device=device, precision=precision)
     std = sampling_std(model, config, std)
     chosen = _read(images, model.resolution, part, pick)
     samples = studies.hold_levels(model, chosen, keep=keep, draws=draws, std=std, seed=seed, batch_size=batch_size)
@@ -195,13 +195,13 @@ def hold(
 @_model_options
 def seeds(
     checkpoint: Path, out: Path, seeds: tuple[int, ...], stds: tuple[float, ...], ema: bool, batch_size: int,
-    device: str,
+    device: str, precision: str | None,
 ) -> None:
     """Sample the same seeds at several standard deviations."""
     from ..inference import save_png, studies
     from ..training import load_model
 
-    model, _ = load_model(checkpoint, average=ema, device=device)
+    model, _ = load_model(checkpoint, average=ema, device=device, precision=precision)
     samples = studies.seed_samples(model, seeds, stds, batch_size=batch_size)
     out.parent.mkdir(parents=True, exist_ok=True)
     save_png(studies.labelled_grid(samples, rows=[f"std\n{std:g}" for std in stds],
@@ -224,7 +224,7 @@ def seeds(
 @_model_options
 def walk(
     checkpoint: Path, out: Path, count: int, frames: int, fps: float, turns: int, steps: tuple[float, ...],
-    std: Std | None, seed: int, ema: bool, batch_size: int, device: str,
+    std: Std | None, seed: int, ema: bool, batch_size: int, device: str, precision: str | None,
 ) -> None:
     """Film a walk through latent space that ends where it began."""
     import math
@@ -235,7 +235,7 @@ def walk(
     from ..training import load_model
 
     check_video_path(out)
-    model, config = load_model(checkpoint, average=ema, device=device)
+    model, config = load_model(checkpoint, average=ema, device=device, precision=precision)
     std = sampling_std(model, config, std)
     levels = len(model.latent_shapes)
     if len(steps) not in (1, levels):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..configs import load_config
-from .options import device_option, threads_option
+from .options import device_option, precision_option, threads_option
 
 if TYPE_CHECKING:
     from ..training import GeneralConfig
@@ -41,11 +41,13 @@ __all__ = ["train"]
 @click.option("--cuda-graph/--no-cuda-graph", default=None, help="On a GPU, replay each step from CUDA graphs, or "
               "launch it piece by piece.  [default: graphs, unless they cannot be captured]")
 @device_option
+@precision_option
 @threads_option
 def train(
     config: str | None, data: Path | None, directory: Path | None, resume: bool, init_from: Path | None,
     steps: int | None, epochs: int | None, hours: float | None, batch_size: int | None, merge_batches: int | None,
     memory: str | None, seed: int | None, cuda_graph: bool | None, device: str,
+    precision: str | None,
 ) -> None:
     """Train a model.
 
@@ -76,7 +78,7 @@ def train(
                       batch_size, {
                           "MERGE_BATCHES": merge_batches, "MEMORY": memory, "SEED": seed,
                           "LOAD_CHECKPOINT": None if init_from is None else str(init_from.absolute()),
-                          "CUDA_GRAPH": {None: None, True: "on", False: "off"}[cuda_graph]})
+                          "PRECISION": precision, "CUDA_GRAPH": {None: None, True: "on", False: "off"}[cuda_graph]})
             general = TrainConfig.from_config(settings).general
             if general.dataset_path is None:
                 raise click.UsageError("give the dataset with --data.")

@@ -46,6 +46,8 @@ class LatentFiles:
         """Fingerprint of the model that made them."""
         self.model_name = metadata[0]["model_name"]
         """What that model was called."""
+        self.precision = metadata[0]["precision"]
+        """In which its networks computed, which takes latents back exactly; None where a file does not say."""
         for file, each in zip(self._files, metadata):
             if each["model"] != self.model:
                 raise DatasetError(f"{file}: made by another model than {self._files[0]}; encode the images again.")
@@ -166,7 +168,8 @@ def _read_metadata(file: Path) -> dict[str, Any]:
         raise DatasetError(f"{file}: not latents of this version of hflow_fast; give what hflow-fast encode wrote.")
     try:
         names = json.loads(metadata["names"])
-        return {"model": metadata["model"], "model_name": metadata["model_name"], "names": list(map(str, names))}
+        return {"model": metadata["model"], "model_name": metadata["model_name"],
+                "precision": metadata.get("precision"), "names": list(map(str, names))}
     except (ValueError, LookupError, TypeError) as error:
         raise _damaged(file, f"its metadata: {error}") from error
 

@@ -24,6 +24,7 @@ from .latent_files import LatentFiles, check_free, numbered, save_index, save_la
 __all__ = ["Encoded", "RoundTrip", "decode_to_folder", "encode_to_file"]
 
 _FILE_BYTES = 2**28
+_LARGEST_ELEMENT = 8  # float64, of latents of networks coarser than float32
 _STEPS = 256
 
 
@@ -87,8 +88,10 @@ def encode_to_file(
     check_free(path)
     identity = {"model": model_fingerprint(model), "model_name": model_name, "resolution": str(model.resolution),
                 "bits": "8"}
+    if hasattr(model, "precision"):
+        identity["precision"] = model.precision
     if images_per_file is None:
-        per_image = sum(map(math.prod, model.latent_shapes)) * next(model.parameters()).element_size()
+        per_image = sum(map(math.prod, model.latent_shapes)) * _LARGEST_ELEMENT
         images_per_file = max(1, _FILE_BYTES // per_image)
     with (
         open_images(images, model.resolution, part=part) as source,
@@ -149,12 +152,12 @@ def decode_to_folder(
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ConfigError(f"{directory}: already exists and is not empty; give the images another folder.")
     directory.mkdir(parents=True, exist_ok=True)
-    names = iter(enumerate(latents.names))
+    names, device = iter(enumerate(latents.names)), next(model.parameters()).device
     decode = replayed(model, lambda *parts: to_uint8(model.decode(parts)[0]))
     with tqdm(total=len(latents), unit=" images", disable=None if progress else True) as bar:
         for batch in latents.batches(batch_size):
             _check_shapes(model, batch, latents.path)
-            images = decode(*(part.to(next(model.parameters())) for part in batch))
+            images = decode(*(part.to(device) for part in batch))
             for image in images.cpu():
                 index, name = next(names)
                 save_png(image, directory / f"{index:06d}_{_safe_stem(name)}.png")

@@ -57,10 +57,12 @@ class DataInitialized(nn.Module):
     def finish_initialization(self) -> None:
         """Data will not initialise this module any more."""
         self.initialized.fill_(True)
+        self._known_initialized = True
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._known_initialized = False
+        # Asked now, torch.compile need not ask a tensor in the middle of a graph.
+        self._known_initialized = not self.initialized.is_meta and bool(self.initialized)
 
 
 @torch.no_grad()

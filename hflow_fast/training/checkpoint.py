@@ -16,7 +16,7 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Mapping
+from typing import TYPE_CHECKING, Any, Mapping
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,6 +26,9 @@ from torch import Tensor, nn
 from .._files import replacing
 from ..errors import CheckpointError
 from .rotation import checkpoint_files
+
+if TYPE_CHECKING:
+    from ..models.hflow.precision import Precision
 
 __all__ = ["Checkpoint", "load_initial_weights", "load_model", "load_weights", "read_checkpoint", "save_checkpoint"]
 
@@ -159,7 +162,8 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], path: Path) -
 
 
 def load_model(
-    path: str | os.PathLike[str], *, average: bool = True, device: torch.device | str = "cpu"
+    path: str | os.PathLike[str], *, average: bool = True, device: torch.device | str = "cpu",
+    precision: Precision | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The model of a checkpoint, ready for evaluation, and its configuration.
 
@@ -167,6 +171,7 @@ def load_model(
         path: a checkpoint file, or a run directory.
         average: take the moving average of the parameters, if the checkpoint has one, instead of the last ones.
         device: where the model goes.
+        precision: of its networks; see :meth:`hflow_fast.models.HFlow.set_precision`.
 
     Raises:
         CheckpointError: the file is missing, damaged, or does not fit its own configuration.
@@ -176,7 +181,7 @@ def load_model(
     checkpoint = read_checkpoint(path, "model", *(["average"] if average else []))
     model = HFlow.from_config(checkpoint.config)
     load_weights(model, _weights(checkpoint), checkpoint.path)
-    return model.to(device).eval(), checkpoint.config
+    return model.to(device).set_precision(precision).eval(), checkpoint.config
 
 
 def load_initial_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:

@@ -53,6 +53,8 @@ class GeneralConfig(Section):
     """Gaussian noise on the training images, in units of the pixel range [0, 1]."""
     horizontal_flips: bool = True
     """Mirror every second training image, at random."""
+    precision: Literal["fp32", "tf32", "bf16"] | None = None
+    """Arithmetic of the networks; None: tf32 on a GPU, else fp32."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Of weights, data order and noise."""
     cuda_graph: Literal["auto", "on", "off"] = "auto"

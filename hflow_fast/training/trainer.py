@@ -80,6 +80,8 @@ class Trainer:
         check_dataset(dataset, model.resolution, general)
         check_cuda_graph(torch.device(device), general)
         self.model = model.to(device)
+        if hasattr(model, "set_precision"):
+            model.set_precision(general.precision)
         set_recompute(self.model, general.memory == "recompute")
         self.average = copy.deepcopy(self.model).requires_grad_(False).eval()
         self.dataset = dataset

@@ -77,16 +77,20 @@ class StepAffines(DataInitialized):
         """The maps for x → z: first actnorm; then each convolution with the actnorm after it; last convolution."""
         return self.folded or self._cache.get("latent", list(self.parameters()), lambda: fold_to_latent([self])[0])
 
-    def to_data(self) -> FoldedAffines:
-        """The maps for z → x: last inverse convolution; each actnorm with the convolution before it; first actnorm."""
-        return self._cache.get("data", list(self.parameters()), self._fold_to_data)
+    def to_data(self, dtype: torch.dtype = torch.float32) -> FoldedAffines:
+        """The maps for z → x: last inverse convolution; each actnorm with the convolution before it; first actnorm.
 
-    def _fold_to_data(self) -> FoldedAffines:
+        Args:
+            dtype: of z: the inverses are rounded to it, or to the parameters' dtype if that is wider.
+        """
+        return self._cache.get(f"data {dtype}", list(self.parameters()), lambda: self._fold_to_data(dtype))
+
+    def _fold_to_data(self, dtype: torch.dtype) -> FoldedAffines:
         # What is inverted is exactly what the other direction multiplies by, roundings and all.
         weights, biases, log_det = self.to_latent()
         inverses = invert(weights, "StepAffines")
         biases = -(inverses @ biases.double()[:, :, None]).squeeze(-1)
-        dtype = torch.promote_types(weights.dtype, torch.float32)
+        dtype = torch.promote_types(torch.promote_types(weights.dtype, torch.float32), dtype)
         return FoldedAffines(inverses.flip(0).to(dtype), biases.flip(0).to(dtype), -log_det)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -57,7 +57,7 @@ class VectorCouplingNet(nn.Module):
                                    EqualLinear(hidden // 2, channels, activation="linear"))
 
     def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
-        passive = x.flatten(1) * self.passive
+        passive = self.input.entering(x.flatten(1) * self.passive)
         if context is None:
             x = self.input(passive)
         else:
@@ -81,7 +81,7 @@ class PlainCouplingNet(_CouplingNet):
                                    EqualConv2d(hidden // 2, channels, 1, activation="linear"))
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        x = self.input(torch.cat([x * self.passive, context], dim=1))
+        x = self.input(torch.cat([self.input.entering(x * self.passive), context], dim=1))
         scale, shift = self.hidden(instance_norm(x)).chunk(2, dim=1)
         return torch.cat([self.scale(scale), self.shift(shift)], dim=1)
 
@@ -111,7 +111,7 @@ class PoolingCouplingNet(_CouplingNet):
         self.together = [Together(layers, own_inputs=True) for layers in zip(self.scale, self.shift)]
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        x = x * self.passive
+        x = self.input.entering(x * self.passive)
         if self.spec.flip is not None:
             x = x.flip(self.spec.flip)
         x = self.before(self.input(torch.cat([x, context], dim=1)))

@@ -70,7 +70,7 @@ class LevelDecoder(Recomputable):
         return perturb(target, self.noise, noise) if self.noise else target
 
     def forward(self, target: Tensor, style: Tensor | None, skip: Tensor | None) -> Decoded:
-        x = target
+        x = self.blocks[0].input.entering(target)
         if self.refine is not None:
             x = self.part(self.refine, self.refine, x, skip)
         for index, block in enumerate(self.blocks):

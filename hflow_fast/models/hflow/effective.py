@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ...nn._cache import ParameterCache
 from .affines import FoldedAffines, StepAffines, fold_to_latent
 from .layers import Equalized, Together, join
+from .precision import NetworkForm
 
 __all__ = ["EffectiveWeights"]
 
@@ -40,6 +41,14 @@ class EffectiveWeights:
         self._cache = ParameterCache()
         self._leaves: list[Tensor] | None = None
         self._sums: list[Tensor | None] = []
+        self._form = NetworkForm()
+
+    def take_form(self, form: NetworkForm) -> None:
+        """From now on all layers use their weights in this form."""
+        self._form = form
+        for layer in self._layers:
+            layer.form = form
+        self._cache = ParameterCache()
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
@@ -58,6 +67,8 @@ class EffectiveWeights:
             outputs = [*self._joined(_Scale.apply(*self._scaling())),
                        *(tensor for folded in fold_to_latent(affines) for tensor in folded)]
         leaves = [output.detach() for output in outputs]
+        weights = 2 * len(self._users)
+        leaves[:weights] = self._form.of(leaves[:weights])
         for leaf, needed in zip(leaves, self._gradients_needed(affines), strict=True):
             leaf.requires_grad_(needed)
         self._leaves, self._sums = leaves, [None] * len(leaves)
@@ -77,15 +88,17 @@ class EffectiveWeights:
             torch.autograd.backward(*zip(*pairs))
 
     def collect(self) -> None:
-        """Adds the last pass's gradients to the sums, in few launches, where autograd would take one per tensor."""
+        """Adds the gradients of the last pass to the sums, in few launches, where autograd would take one per tensor.
+
+        The sums are float32 or better, whatever the networks compute in.
+        """
         if torch.compiler.is_compiling() or self._leaves is None:
             return
+        present = [index for index, leaf in enumerate(self._leaves) if leaf.grad is not None]
+        latest = _widened([self._leaves[index].grad for index in present])
         totals, gradients = [], []
-        for index, leaf in enumerate(self._leaves):
-            gradient = leaf.grad
-            if gradient is None:
-                continue
-            leaf.grad = None
+        for index, gradient in zip(present, latest):
+            self._leaves[index].grad = None
             if self._sums[index] is None:
                 self._sums[index] = gradient
             else:
@@ -102,7 +115,8 @@ class EffectiveWeights:
 
     @contextmanager
     def _kept(self) -> Iterator[None]:
-        scaled = self._cache.get("scaled", self._parameters(), lambda: self._joined(_scaled(*self._scaling())))
+        scaled = self._cache.get("scaled", self._parameters(),
+                                 lambda: self._form.of(self._joined(_scaled(*self._scaling()))))
         self._install(scaled, ())
         try:
             yield
@@ -144,6 +158,17 @@ class EffectiveWeights:
             user.__dict__.pop("effective", None)
         for module in self.affines:
             module.__dict__.pop("folded", None)
+
+
+def _widened(gradients: list[Tensor]) -> list[Tensor]:
+    """In float32 where they are narrower, all of them in a few launches."""
+    narrow = [index for index, gradient in enumerate(gradients) if gradient.dtype in (torch.bfloat16, torch.float16)]
+    copies = [torch.empty_like(gradients[index], dtype=torch.float32) for index in narrow]
+    if copies:
+        torch._foreach_copy_(copies, [gradients[index] for index in narrow])
+    for index, copy in zip(narrow, copies):
+        gradients[index] = copy
+    return gradients
 
 
 def _layers(user: Equalized | Together) -> Sequence[Equalized]:

@@ -9,6 +9,7 @@ from ...nn.recompute import Recomputable
 from .architecture import LevelSpec
 from .config import EndblockConfig
 from .layers import EqualConv2d, downsample, instance_norm
+from .precision import widen
 
 __all__ = ["CodeEncoder", "LevelEncoder"]
 
@@ -57,7 +58,7 @@ class LevelEncoder(Recomputable):
         x = self.part(self.halvings[0], self.halvings[0], x)
         for between, halving in zip(self.between, self.halvings[1:]):
             x = self.part(halving, halving, instance_norm(between(x)))
-        target = None if self.target is None else instance_norm(self.target(x))
+        target = None if self.target is None else instance_norm(widen(self.target(x)))
         return target, self.features(x)
 
 
@@ -74,7 +75,7 @@ class CodeEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = instance_norm(self.between(self.to_2x2(x)))
-        return self.code(self.to_1x1(x))
+        return widen(self.code(self.to_1x1(x)))
 
 
 def _norm_unless_pixel(x: Tensor) -> Tensor:

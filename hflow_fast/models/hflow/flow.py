@@ -69,7 +69,7 @@ class ConditionalFlow(Recomputable):
     def inverse(self, z: Tensor, context: Tensor | None, start: Tensor | None = None,
                 end: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Latent → data; arguments as :meth:`forward`. Returns x and log|det ∂x/∂z|."""
-        maps = self.affines.to_data()
+        maps = self.affines.to_data(z.dtype)
         contexts = self._embed(context)
         (weight, *weights), (bias, *biases) = maps.weights.unbind(), maps.biases.unbind()
         x, *terms = _affine_then_map(z, end, weight, bias, inverse=False)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ... import ops
 from ...ops import bias_act
+from .precision import NetworkForm, conv2d, linear
 
 __all__ = [
     "EqualConv2d", "EqualLinear", "Equalized", "Together", "downsample", "instance_norm", "join", "merge_residual",
@@ -50,6 +51,8 @@ class Equalized(nn.Module):
 
     effective: tuple[Tensor, Tensor] | None = None
     """Scaled weight and bias, while :class:`~.effective.EffectiveWeights` provides them."""
+    form = NetworkForm()
+    """Of weight and bias as they are used; see :meth:`HFlow.set_precision`."""
 
     def __init__(self, shape: tuple[int, ...], gain: float, activation: Activation, lr_scale: float,
                  zero_init: bool) -> None:
@@ -63,7 +66,12 @@ class Equalized(nn.Module):
 
     def scaled(self) -> tuple[Tensor, Tensor]:
         """Weight and bias as they are used."""
-        return usable(self) or (self.weight * self.weight_scale, self.bias * self.bias_scale)
+        return usable(self) or (self.form.of_one(self.weight * self.weight_scale),
+                                self.form.of_one(self.bias * self.bias_scale))
+
+    def entering(self, x: Tensor) -> Tensor:
+        """``x`` in the dtype in which this layer computes. Layers do it themselves; done before, it saves work."""
+        return x.to(self.form.dtype or self.weight.dtype)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in super().__getstate__().items() if name != "effective"}
@@ -97,13 +105,14 @@ class EqualConv2d(Equalized):
                    groups: int = 1) -> Tensor:
         """This layer's kind of convolution, with scaled weights that are given."""
         padding = weight.shape[-1] // 2
+        x = x.to(weight.dtype)
         if _convolution_adds_bias(x):
-            x = F.conv2d(x, weight, bias, padding=padding, groups=groups)
+            x = conv2d(x, weight, bias, padding, groups)
             if residual is None:
                 return _activate(x, self.activation)
             bias = None
         else:
-            x = F.conv2d(x, weight, padding=padding, groups=groups)
+            x = conv2d(x, weight, None, padding, groups)
         gain = 1.0 if residual is None else _MERGE_GAIN
         return bias_act(x, bias, residual, activation=self.activation, slope=LEAKY_SLOPE, gain=gain)
 
@@ -121,7 +130,7 @@ class EqualLinear(Equalized):
 
     def apply_with(self, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
         """This layer's kind of linear map, with scaled weights that are given."""
-        return _activate(F.linear(x, weight, bias), self.activation)
+        return _activate(linear(x.to(weight.dtype), weight, bias), self.activation)
 
 
 class Together:

@@ -20,6 +20,7 @@ from .layers import EqualConv2d
 from .level import Level
 from .noise import Noise
 from .original import load_original
+from .precision import PRECISIONS, NetworkForm, Precision, defaults
 
 __all__ = ["HFlow"]
 
@@ -61,6 +62,8 @@ class HFlow(nn.Module):
             self.style = StyleNetwork(channels, style_channels, endblock.mapping_network_lr_scale)
         self.endblock = Endblock(endblock)
         self._weights = EffectiveWeights(self)
+        self._precision: Precision = "fp32"
+        self._channels_last = False
 
     @classmethod
     def from_config(cls, source: str | os.PathLike[str] | Mapping[str, Any] | HFlowConfig) -> HFlow:
@@ -104,6 +107,37 @@ class HFlow(nn.Module):
         levels = [(level.spec.channels, level.spec.resolution, level.spec.resolution) for level in self.levels]
         return [*levels, (self.config.endblock_settings.endblock_tot_channels, 1, 1)]
 
+    @property
+    def precision(self) -> Precision:
+        """What :meth:`set_precision` was given; "fp32" before."""
+        return self._precision
+
+    def set_precision(self, precision: Precision | None, *, channels_last: bool | None = None) -> HFlow:
+        """In what the networks compute: those in the couplings, encoders, decoders, the style's and the embeddings.
+
+        Parameters, flow variables, scales and shifts as they are applied, log-dets, statistics of norms, noise, channel
+        maps and exponentials of matrices are float32 or better in all precisions, float64 in :meth:`encode` where the
+        networks are coarser than float32; why, says :mod:`hflow_fast.models.hflow.precision`.
+
+        Args:
+            precision: "fp32"; "tf32", in which a GPU's convolutions round their float32 inputs to 10 bits; "bf16", with
+                weights and features in bfloat16. tf32 and fp32 are PyTorch's setting of the whole process
+                (:data:`torch.backends.cudnn.allow_tf32`), and until this is called, what it is holds. None: tf32 on a
+                GPU, fp32 elsewhere. It is not saved with the weights, which fit all.
+            channels_last: memory format of flow variables and features, inside. None: as suits precision and device.
+
+        Returns:
+            The model.
+        """
+        if precision not in (None, *PRECISIONS):
+            raise ValueError(f"HFlow.set_precision: {precision!r} is none of {', '.join(PRECISIONS)}.")
+        precision, by_default = defaults(next(self.parameters()).device, precision)
+        channels_last = by_default if channels_last is None else channels_last
+        torch.backends.cudnn.allow_tf32 = precision != "fp32"
+        self._precision, self._channels_last = precision, channels_last
+        self._weights.take_form(NetworkForm(torch.bfloat16 if precision == "bf16" else None, channels_last))
+        return self
+
     def prepared(self) -> AbstractContextManager[None]:
         """A block whose passes share what depends on the parameters alone: scaled weights, rotations, log-dets.
 
@@ -144,7 +178,7 @@ class HFlow(nn.Module):
             return self._targets(x)
 
     def _targets(self, x: Tensor) -> list[Tensor]:
-        features = x * PIXEL_SCALE
+        features = self._entering(x) * PIXEL_SCALE
         targets: list[Tensor | None] = [features]
         for level in self.levels:
             target, features = level.encoder(features)
@@ -197,7 +231,8 @@ class HFlow(nn.Module):
 
         Returns:
             The latents, finest level first and the endblock's (B, C, 1, 1) last; and log|det| (B,) summed over all
-            flows, without the constant scaling of pixels: minus that of :meth:`decode`.
+            flows, without the constant scaling of pixels: minus that of :meth:`decode`. Both are float64 in the
+            precisions "tf32" and "bf16": rounded to float32, latents give an image with noise of the networks' size.
         """
         self._check_images(x)
         with self._weights.kept():
@@ -205,6 +240,8 @@ class HFlow(nn.Module):
 
     def _encode(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         *targets, code = self._targets(x)
+        if self.precision != "fp32":
+            *targets, code = (target.double() for target in (*targets, code))
         latent, log_det = self.endblock.encode(code)
         latents = [latent]
         below, style = self._condition(code)
@@ -214,10 +251,12 @@ class HFlow(nn.Module):
             latents.append(latent)
             log_det = log_det + term
             below = target
-        return latents[::-1], log_det
+        return [latent.contiguous() for latent in reversed(latents)], log_det
 
     def decode(self, latents: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Latents, as from :meth:`encode`, → images (B, 3, R, R) and log|det| (B,) summed over all flows.
+
+        The flows compute in the latents' dtype.
 
         Raises:
             ValueError: the number of latents or a shape is not that of :attr:`latent_shapes`.
@@ -227,13 +266,14 @@ class HFlow(nn.Module):
             return self._decode(latents)
 
     def _decode(self, latents: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        below, log_det = self.endblock.decode(latents[-1])
+        *latents, code = map(self._entering, latents)
+        below, log_det = self.endblock.decode(code)
         below, style = self._condition(below)
         skip = None
-        for level, latent in zip(reversed(self.levels), reversed(latents[:-1])):
+        for level, latent in zip(reversed(self.levels), reversed(latents)):
             below, term, skip = level.decode(latent, below, style, skip)
             log_det = log_det + term
-        return below / PIXEL_SCALE, log_det
+        return (below / PIXEL_SCALE).to(next(self.parameters()).dtype).contiguous(), log_det
 
     def latent_stds(self, std: float | Sequence[float] = 1.0) -> list[float]:
         """Standard deviation of each latent when images are sampled, in the order of :attr:`latent_shapes`.
@@ -297,7 +337,11 @@ class HFlow(nn.Module):
     def _condition(self, code: Tensor) -> tuple[Tensor, Tensor | None]:
         """The canvas below the lowest level (B, C, 4, 4), and the style (B, S)."""
         style = None if self.style is None else self.style(code * self.endblock.style_mask)
-        return self.code_decoder(self.code_projection(code * self.endblock.base_mask)), style
+        return self._entering(self.code_decoder(self.code_projection(code * self.endblock.base_mask))), style
+
+    def _entering(self, x: Tensor) -> Tensor:
+        """An image or latent (B, C, H, W) in the memory format of the features."""
+        return x.contiguous(memory_format=torch.channels_last if self._channels_last else torch.contiguous_format)
 
     def _check_images(self, x: Tensor) -> None:
         if x.dim() != 4 or tuple(x.shape[1:]) != (3, self.resolution, self.resolution):

@@ -1,0 +1,86 @@
+"""In which arithmetic HFlow's networks compute; flow variables are float32 or better in all of them.
+
+A network in bfloat16 is a staircase: inputs that differ in their last float32 bit now and then round to different
+bfloat16 values, here or in any layer behind, and then the scales and shifts differ by bfloat16's 0.4 %. Inverting a
+coupling in float32 brings its passive half back to the last bit or two, not exactly, so after a few dozen steps an
+image decoded from its latents carries noise of bfloat16's size. Finer inputs to a network do not help, since every
+layer rounds. With flow variables in float64, what the networks see comes back 10⁹ times closer than the stairs are
+wide: the networks return the same bits in both directions, and :meth:`HFlow.decode` is as exact as can be. So
+:meth:`HFlow.encode` has float64 flow variables, and latents, wherever the networks are coarser than float32; they are
+a small part of the work. Training and sampling invert nothing and keep float32.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["PRECISIONS", "NetworkForm", "Precision", "conv2d", "defaults", "linear", "widen"]
+
+Precision = Literal["fp32", "tf32", "bf16"]
+PRECISIONS: tuple[str, ...] = get_args(Precision)
+
+
+class NetworkForm(NamedTuple):
+    """The form in which networks take weights and hand on features."""
+
+    dtype: torch.dtype | None = None
+    """None: that of the parameters."""
+    channels_last: bool = False
+
+    def of(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Tensors in this form: they themselves, or copies made in few launches."""
+        if self == NetworkForm():
+            return tensors
+        copies = [torch.empty_like(tensor, dtype=self.dtype, memory_format=self._memory_format(tensor))
+                  for tensor in tensors]
+        if copies:
+            torch._foreach_copy_(copies, tensors)
+        return copies
+
+    def of_one(self, tensor: Tensor) -> Tensor:
+        """A tensor in this form, differentiably."""
+        return tensor.to(self.dtype or tensor.dtype, memory_format=self._memory_format(tensor))
+
+    def _memory_format(self, tensor: Tensor) -> torch.memory_format:
+        last = self.channels_last and tensor.dim() == 4
+        return torch.channels_last if last else torch.preserve_format
+
+
+def defaults(device: torch.device, precision: Precision | None = None) -> tuple[Precision, bool]:
+    """The precision of a device, and whether features are channels_last: in bfloat16, and in a GPU's tf32, whose tensor
+    cores want it."""
+    precision = precision or ("tf32" if device.type == "cuda" else "fp32")
+    return precision, precision == "bf16" or (precision == "tf32" and device.type == "cuda")
+
+
+def widen(x: Tensor) -> Tensor:
+    """``x`` in float32 or better: what leaves a network for the flow."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, groups: int) -> Tensor:
+    """:func:`torch.nn.functional.conv2d`, also where bfloat16 has no instructions."""
+    if _lacks_bfloat16(x):
+        bias = None if bias is None else bias.float()
+        return F.conv2d(x.float(), weight.float(), bias, padding=padding, groups=groups).to(x.dtype)
+    return F.conv2d(x, weight, bias, padding=padding, groups=groups)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """:func:`torch.nn.functional.linear`, also where bfloat16 has no instructions."""
+    if _lacks_bfloat16(x):
+        return F.linear(x.float(), weight.float(), bias.float()).to(x.dtype)
+    return F.linear(x, weight, bias)
+
+
+def _lacks_bfloat16(x: Tensor) -> bool:
+    """Whether PyTorch would take a loop 10 to 40 times slower than float32, where it rounds no differently: products
+    of bfloat16 are exact in float32, in which both add up."""
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not _CPU_HAS_BFLOAT16
+
+
+_CPU_HAS_BFLOAT16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
