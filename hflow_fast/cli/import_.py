@@ -29,6 +29,7 @@ def import_command(source: Path, out: Path, config: str | None) -> None:
     if os.path.lexists(out):
         raise CheckpointError(f"{out}: already exists; give the imported model another name.")
     imported = import_file(source, config)
+    out.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(out, imported.config, imported.model)
     model, original = imported.model, imported.original
     count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -148,7 +148,7 @@ def _sharing(general: GeneralConfig, processes: int) -> str:
         text += f" unequally, so some wait: {passes} is best divided by their number"
     if wanted not in (1, processes):  # 1 is what the presets say, for any number
         text += (f"; NUM_GPUS is {wanted}, but the processes are {processes}, which gives the same gradients: "
-                 f"torchrun --nproc-per-node {wanted} -m hflow_fast train … starts as many")
+                 f"torchrun --nproc-per-node {wanted} -m -- hflow_fast train … starts as many")
     return text
 
 

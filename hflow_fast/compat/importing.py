@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Mapping
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -86,9 +86,14 @@ def _from_original(path: Path, config: Any) -> Imported:
 
 
 def _from_state_dict(path: Path, config: Any) -> Imported:
-    if config is None:
-        raise CheckpointError(f"{path}: a state dict alone; give the configuration that belongs to it with --config.")
     try:
+        with safe_open(path, framework="pt") as file:
+            is_ours = (file.metadata() or {}).get("format", "").startswith("hflow_fast")
+        if is_ours:
+            raise CheckpointError(f"{path}: a file of hflow_fast already, which every command takes as it is.")
+        if config is None:
+            raise CheckpointError(f"{path}: a state dict alone; give the configuration that belongs to it with "
+                                  "--config.")
         weights = load_file(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: damaged or not a safetensors file ({error}).") from error

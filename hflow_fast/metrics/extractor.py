@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import inspect
 import io
 import os
 import warnings

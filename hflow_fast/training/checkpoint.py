@@ -132,8 +132,9 @@ def _read(path: Path, parts: tuple[str, ...]) -> Checkpoint:
         if changed:
             raise _Damaged(f"{path}: damaged (the checksum of its part {changed[0]} is wrong).")
         config, notes = json.loads(metadata["config"]), json.loads(metadata.get("notes", "{}"))
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        raise _Damaged(f"{path}: damaged or not a checkpoint ({error}).") from error
+    except (KeyError, OSError, SafetensorError, json.JSONDecodeError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise _Damaged(f"{path}: damaged or not a checkpoint ({reason}).") from error
     training = _unpack(tensors.pop("training"), path) if "training" in tensors else None
     return Checkpoint(path, config, notes, _without_prefix("model", tensors), _without_prefix("average", tensors),
                       training)
@@ -142,8 +143,10 @@ def _read(path: Path, parts: tuple[str, ...]) -> Checkpoint:
 def _check_version(metadata: Mapping[str, str], path: Path) -> None:
     if metadata.get("format") != _FORMAT:
         raise CheckpointError(f"{path}: not a checkpoint of hflow_fast.")
-    version = int(metadata["version"])
-    if version > _VERSION:
+    version = metadata["version"]
+    if not version.isdecimal():
+        raise _Damaged(f"{path}: damaged (its format version is {version!r}).")
+    if int(version) > _VERSION:
         raise CheckpointError(f"{path}: of format version {version}, made by a newer hflow_fast than this one, which "
                               f"reads versions up to {_VERSION}; update it (pip install -U hflow_fast).")
 

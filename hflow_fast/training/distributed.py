@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, Hashable, Iterator, Mapping, NoReturn, Sequence, TypeVar
 
@@ -125,7 +125,7 @@ class Ranks:
         """Ends with an error that all processes have come to: rank 0 raises it, the others end without a word."""
         if self.is_writer:
             raise error
-        raise SystemExit(2)
+        self._end_after_another()
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -142,7 +142,13 @@ class Ranks:
         if failed and failed[0] == self.rank:
             raise failure
         if failed:
-            raise SystemExit(2)
+            self._end_after_another()
+
+    def _end_after_another(self) -> NoReturn:
+        """Ends once the process that has the error to tell has left: torchrun kills the others when the first ends."""
+        with suppress(RankError):
+            self.any(False)  # that process does not answer any more
+        raise SystemExit(2)
 
 
 @contextmanager

@@ -188,7 +188,7 @@ def test_another_number_of_processes_than_the_configuration_names(copy: Path) ->
     (copy / "config.json").write_text(json.dumps(config))
     result = hflow_fast("train", "--run", copy, "--resume", "--steps", 3)
     assert result.exit_code == 0
-    assert "NUM_GPUS is 2, but the processes are 1" in result.output and "torchrun --nproc-per-node 2" in result.output
+    assert "NUM_GPUS is 2, but the processes are 1" in result.output and "torchrun --nproc-per-node 2 -m -- " in result.output
 
 
 def test_what_cannot_change_is_refused_by_name(copy: Path, tmp_path: Path) -> None:

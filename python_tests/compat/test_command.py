@@ -56,6 +56,17 @@ def test_a_state_dict_with_its_configuration(weights_file, config_file, imported
     assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
 
 
+def test_a_model_of_ours_is_not_imported_again(imported, config_file, tmp_path):
+    for options in ((), ("--config", config_file)):
+        result = hflow_fast("import", imported[0], tmp_path / "out.safetensors", *options)
+        assert result.exit_code == 2 and "a file of hflow_fast already" in result.output
+
+
+def test_the_folder_of_the_output_is_made(golden_file, tmp_path):
+    result = hflow_fast("import", golden_file, tmp_path / "models" / "out.safetensors")
+    assert result.exit_code == 0 and (tmp_path / "models" / "out.safetensors").is_file(), result.output
+
+
 def test_settings_that_mean_nothing_here_are_listed(weights_file, config_file, tmp_path):
     config = json.loads(config_file.read_text())
     config["GENERAL"]["LOAD_CHECKPOINT"] = "/home/someone"

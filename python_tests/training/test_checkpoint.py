@@ -105,6 +105,23 @@ def test_a_single_wrong_bit_is_noticed(tmp_path: Path, part: str) -> None:
     read_checkpoint(path, *({"model", "average", "training"} - {part}))
 
 
+@pytest.mark.parametrize("change", [{"config": None}, {"version": None}, {"version": "q"}, {"notes": "{"}])
+def test_a_damaged_header_sends_a_run_back_to_the_checkpoint_before(tmp_path: Path, change, caplog) -> None:
+    """safetensors parses the header but has no checksum of it."""
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    latest = folder / "latest.safetensors"
+    for path, step in ((folder / "step_00000002.safetensors", 2), (latest, 3)):
+        save_checkpoint(path, tiny_config(), TinyFlow(), notes={"step": step})
+    with safe_open(latest, framework="pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() | change
+    save_file(tensors, latest, {key: value for key, value in metadata.items() if value is not None})
+    with pytest.raises(CheckpointError, match="latest.safetensors: damaged"):
+        read_checkpoint(latest, "model")
+    assert read_checkpoint(tmp_path, "model").notes["step"] == 2
+    assert "Going back to the checkpoint before it" in caplog.text
+
+
 def test_versions(tmp_path: Path) -> None:
     path = tmp_path / "a"
     save_checkpoint(path, tiny_config(), TinyFlow())

@@ -279,6 +279,24 @@ def test_what_a_user_got_wrong_is_said_once(tmp_path: Path) -> None:
     assert errors.count("no such dataset") == 1 and "DatasetError" not in errors
 
 
+def _fail_in_the_first(ranks: Ranks, path: Path) -> bool:
+    try:
+        with ranks.together():
+            if ranks.is_writer:
+                raise ValueError("the reason")
+    except ValueError:
+        time.sleep(0.5)  # as long as it may take to tell
+        path.touch()
+    except SystemExit:
+        return path.exists()
+    return True
+
+
+def test_the_others_end_after_the_one_that_tells_the_reason(tmp_path: Path) -> None:
+    """torchrun kills all processes when the first ends, and with it the one that has not told the reason yet."""
+    assert in_processes(2, _fail_in_the_first, tmp_path / "told") == [True, True]
+
+
 def test_more_processes_than_passes() -> None:
     def check(count: int, samples: int, batch_size: int) -> None:
         general = tiny_config(SAMPLES_PER_GRAD_EVAL=samples, BATCH_SIZE=batch_size)

@@ -48,3 +48,10 @@ def test_hours_and_steps_together_are_refused_by_name(name: str) -> None:
     keys = f"{name.upper()}_EVERY", f"{name.upper()}_EVERY_STEPS"
     with pytest.raises(ConfigError, match=rf"OUTPUT: {keys[0]} \(hours\) and {keys[1]} are both given"):
         TrainConfig.from_config(tiny_config() | {"OUTPUT": dict.fromkeys(keys, 4)})
+
+
+def test_a_multiple_is_due_once() -> None:
+    interval = Interval(10, 3600.0)
+    assert interval.due(10, 0.0) and interval.due(11, 0.0)  # also where the step itself was not looked at
+    interval.restart(10, 0.0)
+    assert not interval.due(10, 0.0) and not interval.due(19, 0.0) and interval.due(20, 0.0)
