@@ -189,10 +189,17 @@ def training_parts(runner: Any, images: Tensor) -> dict[str, Recorder]:
         else:
             runner.training([])
 
+    groups = runner.optimizer.param_groups
+    if not ours:  # what Adam does by default on a GPU, but not on a processor
+        for group in groups:
+            group["foreach"] = True
     end_step()  # the first one makes the optimizer's state
     for parameter, gradient in zip(parameters, gradients):
         parameter.grad = gradient
     parts["optimizer"] = count(end_step)
+    if not ours:
+        for group in groups:
+            group["foreach"] = None
     return parts
 
 
