@@ -256,8 +256,8 @@ def print_prediction(config: str, works: Mapping[str, Mapping[str, Work]], batch
     Args:
         works: "training" and "sampling", each the work of every side; the others are compared with the first.
     """
-    print(f"\nPREDICTION, counted here and not timed on these devices: ms per micro-batch of {batch} of {config} (once per\n"
-          "optimizer step shared among its micro-batches), and how many times longer the first side takes, eager")  # fmt: skip
+    print(f"\nPREDICTION, counted here and not timed on these devices: ms per micro-batch of {batch} of {config}, its\n"
+          "share of the optimizer step included, and how many times longer the first side takes, launched one by one")
     for kind, sides in works.items():
         for side, work in sides.items():
             print(f"  {kind:<9} {side:<10} {work.kernels:8,.0f} kernels {work.flops / 1e9:9.1f} GFLOP "

@@ -148,6 +148,7 @@ def _category(event: Any, of_forward: Mapping[int, str]) -> str:
     return own or OTHER
 
 
+@functools.lru_cache(maxsize=None)
 def _by_prefix(name: str) -> str | None:
     return next((category for prefix, category in _BY_PREFIX.items() if name.startswith(prefix)), None)
 
@@ -186,7 +187,8 @@ def run(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     for name, counts in operations.items():
         files["operations"] += [common | {"side": name, "part": part, "operations": number} | end
                                 for part, number in counts.items()]  # fmt: skip
-        print(f"{name:<9} operations: " + ", ".join(f"{part} {number:,}" for part, number in counts.items()))
+        numbers = ", ".join(f"{part} {number:,}" for part, number in counts.items())
+        print(f"{name:<9} operations: {numbers}", flush=True)
     network = sys.modules.get("hflow.network")
     for name, runner in runners.items():
         table, alone, wall = profile_side(runner, vs_original.parts_of(options), network, options.device)
