@@ -346,6 +346,12 @@ def measure(options: argparse.Namespace) -> tuple[dict[str, float], dict[str, di
             )  # fmt: skip
             results[work] = {name: quantiles(values) for name, values in times.items()}
         report(work, results[work])
+    if options.predict:
+        import predict  # beside this file: only where this is the program
+
+        known = {name: side for name, side in sides.items() if name in ("original", "plain", "prepared")}
+        works, _ = predict.works_of(known, x, options.groups)
+        predict.print_prediction(options.config, works, len(x))
     return differences, results
 
 
@@ -403,6 +409,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="of torch on the processor")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV file")
+    parser.add_argument("--predict", action="store_true", help="last, print what to expect of GPUs not at hand")
     parser.add_argument("--dry-run", action="store_true", help="print only")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
