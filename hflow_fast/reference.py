@@ -189,7 +189,9 @@ def lu(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`hflow_fast.ops.lu`."""
     check_matrices("lu", weight)
     matrix = weight.double()
-    factors, pivots, _ = torch.linalg.lu_factor_ex(matrix)
+    finite = matrix.isfinite().all(-1).all(-1)
+    # LAPACK gives no pivots for a matrix that is not finite, and lu_solve refuses that; its results are NaN below.
+    factors, pivots, _ = torch.linalg.lu_factor_ex(torch.where(finite[..., None, None], matrix, 0.0))
     diagonal = factors.diagonal(dim1=-2, dim2=-1).abs()
     identity = torch.eye(weight.shape[-1], dtype=factors.dtype, device=weight.device).expand_as(factors)
     inverse = torch.linalg.lu_solve(factors, pivots, identity)
@@ -198,7 +200,6 @@ def lu(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     rows = magnitude.sum(-1, keepdim=True)
     columns = (magnitude / rows).sum(-2)
     order = torch.lu_unpack(factors.detach(), pivots, unpack_data=False)[0]
-    finite = rows.isfinite().flatten(-2).all(-1)
     regular = (diagonal > SINGULAR_PIVOT * (order.mT @ rows).squeeze(-1) * columns).all(-1)
     log_abs_det = torch.where(finite, torch.where(regular, diagonal.log().sum(-1), -math.inf), math.nan)
     inverse = torch.where((finite & regular)[..., None, None], inverse, math.nan)

@@ -184,3 +184,14 @@ def test_bad_stacks_are_named(function):
 def test_bad_input_is_named(function, weight, message):
     with pytest.raises(ValueError, match=message):
         function(weight)
+
+
+@pytest.mark.parametrize("size", [8, 200])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_gives_nan_and_leaves_its_neighbours_alone(size: int, value: float) -> None:
+    weight = torch.randn(3, size, size) + 10 * torch.eye(size)
+    expected = lu(weight)
+    weight[1, 2, 3] = value
+    for actual, right in zip(lu(weight), expected):
+        assert actual[1].isnan().all()
+        torch.testing.assert_close(actual[::2], right[::2])

@@ -11,9 +11,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from hflow_fast._files import replacing
+from hflow_fast.configs import load_config
 from hflow_fast.errors import CheckpointError
+from hflow_fast.models import HFlow
 from hflow_fast.training import read_checkpoint, save_checkpoint
-from hflow_fast.training.checkpoint import load_weights
+from hflow_fast.training.checkpoint import load_initial_weights, load_model, load_weights
 
 from .tiny import TinyFlow, tiny_config
 
@@ -66,7 +68,9 @@ def test_full_disk_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
 import resource
 import torch
 from hflow_fast._files import replacing
+from hflow_fast.configs import load_config
 from hflow_fast.errors import CheckpointError
+from hflow_fast.models import HFlow
 from hflow_fast.training import save_checkpoint
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 try:
@@ -157,3 +161,18 @@ def test_training_state_is_data_only(tmp_path: Path) -> None:
 def test_weights_of_another_model(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not fit.*weight"):
         load_weights(TinyFlow(), {"weight": torch.zeros(1)}, tmp_path / "a")
+
+
+def test_the_averaged_weights_are_the_model(tmp_path: Path) -> None:
+    model, average = HFlow.from_config("tiny-16"), HFlow.from_config("tiny-16")
+    save_checkpoint(tmp_path / "both", load_config("tiny-16"), model, average)
+    save_checkpoint(tmp_path / "one", load_config("tiny-16"), model)
+    fresh = HFlow.from_config("tiny-16")
+    load_initial_weights(fresh, tmp_path / "both")
+    for loaded, expected in (
+        (load_model(tmp_path / "both")[0], average),
+        (load_model(tmp_path / "both", average=False)[0], model),
+        (load_model(tmp_path / "one")[0], model),
+        (fresh, average),
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), expected.parameters(), strict=True))

@@ -197,6 +197,19 @@ def test_intervals_in_steps(tmp_path: Path, make_trainer: MakeTrainer) -> None:
     assert {"step_00000000.safetensors", "step_00000004.safetensors", "step_00000007.safetensors"} <= set(saves)
 
 
+def test_a_save_that_was_cut_off_before_the_best_was_named_is_finished(
+    tmp_path: Path, make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Trainer, "keep", lambda *arguments, **options: None)
+    trainer = make_trainer(tmp_path / "run", STEPS=2)
+    Session(trainer).run()
+    assert not trainer.run.best.exists()
+    monkeypatch.undo()
+    trainer = make_trainer(tmp_path / "run", STEPS=2)
+    Session(trainer)._find_best()  # the session's end would name it anew
+    assert read_checkpoint(trainer.run.best).notes["step"] == 2
+
+
 def test_the_best_is_kept_and_found_again(
     tmp_path: Path, make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
