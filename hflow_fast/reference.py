@@ -191,7 +191,7 @@ def lu(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     matrix = weight.double()
     finite = matrix.isfinite().all(-1).all(-1)
     # LAPACK gives no pivots for a matrix that is not finite, and lu_solve refuses that; its results are NaN below.
-    factors, pivots, _ = torch.linalg.lu_factor_ex(torch.where(finite[..., None, None], matrix, 0.0))
+    factors, pivots = _lu_factors(torch.where(finite[..., None, None], matrix, 0.0))
     diagonal = factors.diagonal(dim1=-2, dim2=-1).abs()
     identity = torch.eye(weight.shape[-1], dtype=factors.dtype, device=weight.device).expand_as(factors)
     inverse = torch.linalg.lu_solve(factors, pivots, identity)
@@ -205,6 +205,18 @@ def lu(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     inverse = torch.where((finite & regular)[..., None, None], inverse, math.nan)
     dtype = compute_dtype(weight)
     return log_abs_det.to(dtype), inverse.to(dtype)
+
+
+def _lu_factors(matrices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """LU factors and pivots of matrices (…, N, N).
+
+    On a CPU one by one: for a stack of large ones on several threads, torch 2.13's are wrong (pivots of any value).
+    """
+    if matrices.device.type != "cpu" or matrices.shape[:-2].numel() <= 1:
+        return torch.linalg.lu_factor_ex(matrices)[:2]
+    pairs = [torch.linalg.lu_factor_ex(matrix)[:2] for matrix in matrices.flatten(0, -3)]
+    factors, pivots = (torch.stack(parts) for parts in zip(*pairs))
+    return factors.view(matrices.shape), pivots.view(matrices.shape[:-1])
 
 
 def lu_many(weights: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -195,3 +195,16 @@ def test_what_is_not_finite_gives_nan_and_leaves_its_neighbours_alone(size: int,
     for actual, right in zip(lu(weight), expected):
         assert actual[1].isnan().all()
         torch.testing.assert_close(actual[::2], right[::2])
+
+
+def test_stacks_of_large_matrices_on_several_threads() -> None:
+    """Where torch's own batched factorisation goes wrong."""
+    threads = torch.get_num_threads()
+    weight = torch.linalg.qr(matrices((508, 508)))[0].repeat(9, 1, 1)
+    torch.set_num_threads(2)
+    try:
+        log_det, inverse = lu(weight)
+    finally:
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(log_det, torch.zeros(9, dtype=torch.float64), rtol=0, atol=1e-10)
+    torch.testing.assert_close(inverse, weight.mT, rtol=0, atol=1e-10)
