@@ -188,3 +188,13 @@ def test_needs_no_test_framework():
     code = "import sys, hflow_fast.testing; print([m for m in ('pytest', 'hypothesis') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_jacobians_of_hundreds_of_values_on_several_threads() -> None:
+    """Where torch's own log-dets of a stack are off by tens."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert_log_det(InvConv1x1(3), (4, 3, 8, 8))
+    finally:
+        torch.set_num_threads(threads)
