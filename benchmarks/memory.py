@@ -13,7 +13,6 @@ A pass is forward and backward of --batch images times what is merged, with weig
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import time
 from pathlib import Path
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 
 from hflow_fast.bench.memory import SavedBytes, peak_bytes
-from hflow_fast.bench.results import provenance
+from hflow_fast.bench.results import append_csv, provenance
 from hflow_fast.models import HFlow, Noise
 from hflow_fast.nn import set_recompute
 
@@ -82,15 +81,7 @@ def save(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     where = provenance(options.device)
     rows = [{key: f"{value:.4f}" if isinstance(value, float) else value for key, value in row.items()} | where
             for row in rows]  # fmt: skip
-    path = options.results / "memory.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
-    print(f"wrote {path}")
+    append_csv(options.results / "memory.csv", rows)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

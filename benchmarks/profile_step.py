@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import predict  # noqa: E402
 import vs_original  # noqa: E402
 
-from hflow_fast.bench.results import provenance  # noqa: E402
+from hflow_fast.bench.results import append_csv, provenance  # noqa: E402
 from hflow_fast.models.hflow import affines, effective, layers  # noqa: E402
 
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
@@ -217,17 +217,6 @@ def report(name: str, table: Mapping[str, Sequence[float]], alone: float, wall: 
         print(f"  {category:<30} {ms:10.1f} ms {ms / wall:6.1%} {calls:8,} calls{device}", flush=True)
 
 
-def append(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
-    print(f"wrote {path}")
-
-
 def newest(path: Path, *key: str) -> list[dict[str, str]]:
     """The last row of every ``key`` of the newest run's configuration and device."""
     if not path.exists():
@@ -340,7 +329,7 @@ def main(arguments: list[str] | None = None) -> None:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.precision == "tf32"
         for name, rows in run(options).items():
             if not options.dry_run:
-                append(rows, options.results / f"{name}.csv")
+                append_csv(options.results / f"{name}.csv", rows)
     if options.markdown is not None:
         options.markdown.write_text(fill(options.markdown.read_text(), tables(options.results)))
         print(f"wrote {options.markdown}")

@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import csv
 import gc
 import importlib
 import json
@@ -41,7 +40,7 @@ import torch
 from torch import Tensor, nn
 
 from hflow_fast._replay import WARM_UP, Replay, cuda_recorder
-from hflow_fast.bench.results import provenance
+from hflow_fast.bench.results import append_csv, provenance
 from hflow_fast.configs import load_config
 from hflow_fast.inference.graphs import replayed
 from hflow_fast.models import HFlow
@@ -373,15 +372,7 @@ def save(options: argparse.Namespace, differences: Mapping[str, float], results:
          **{f"{what}_difference": f"{value:.2e}" for what, value in differences.items()}, **where}
         for work, sides in results.items() for name, values in sides.items()
     ]  # fmt: skip
-    path = options.results / "vs_original.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
-    print(f"wrote {path}")
+    append_csv(options.results / "vs_original.csv", rows)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

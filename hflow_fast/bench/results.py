@@ -6,7 +6,7 @@ import csv
 import datetime
 import platform
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -86,6 +86,18 @@ def append_rows(rows: Sequence[Row], folder: Path) -> None:
             if new:
                 writer.writeheader()
             writer.writerows(row for row in rows if row["op"] == op)
+
+
+def append_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """Adds rows of equal columns to a file of their own, with a header if it is new, and says so."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+    print(f"wrote {path}")
 
 
 def read_rows(folder: Path) -> list[Row]:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import profile
 
+from hflow_fast.bench.results import append_csv
 from hflow_fast.models import HFlow
 
 from .calls import Calls
@@ -134,8 +135,8 @@ def test_tables_come_from_the_files(script, options):
     run = {"config": "tiny-16", "batch": 2, "device": "d", "threads": 1, "torch": "2", "commit": "c"}
     rows = [run | {"side": side, "part": "forward", "operations": 1000 * number, "date": f"2026-01-0{day}"}
             for day in (1, 2) for side, number in (("original", 4 * day), ("prepared", day))]  # fmt: skip
-    script.append(rows[:2], options.results / "operations.csv")
-    script.append(rows[2:], options.results / "operations.csv")
+    append_csv(options.results / "operations.csv", rows[:2])
+    append_csv(options.results / "operations.csv", rows[2:])
     with (options.results / "operations.csv").open(newline="") as file:
         assert len(list(csv.DictReader(file))) == 4
     tables = script.tables(options.results)
