@@ -12,10 +12,11 @@ First, losses and every gradient are compared, without noise, in float64. Then a
 - memory: peak of a training step in a process of its own, above what the imports take.
 
 Ours comes in modes: plain (every pass computes its own weights), prepared (once per step, as the trainer does),
-channels_last (prepared, with weights and so everything else in that format), recompute (prepared, activations computed
-again in the backward pass), graph (prepared, and replayed from CUDA graphs, where there are any) and compile (prepared,
-passes through torch.compile). On a GPU both sides may use TF32, as the original does, unless --precision fp32. The
-original with torch.compile, --compile, takes half an hour to compile on a CPU.
+channels_last (prepared, with weights and so everything else in that format), bf16 (prepared, networks in bfloat16),
+recompute (prepared, activations computed again in the backward pass), graph (prepared, and replayed from CUDA graphs,
+where there are any) and compile (prepared, passes through torch.compile); graph+bf16 is both. On a GPU both sides may
+use TF32, as the original does, unless --precision fp32. The original with torch.compile, --compile, takes half an hour
+to compile on a CPU.
 """
 
 from __future__ import annotations
@@ -51,8 +52,11 @@ from hflow_fast.training.ema import update_average
 from hflow_fast.training.optimizer import build_optimizer, clip_and_step
 
 RESULTS = Path(__file__).parent / "results" / "model"
-MODES = ("plain", "prepared", "channels_last", "recompute", "graph", "compile")
-DEFAULT_MODES = ["plain", "prepared", *(["graph"] if torch.cuda.is_available() else [])]
+MODES = ("plain", "prepared", "channels_last", "bf16", "recompute", "graph", "compile")
+if torch.cuda.is_available():
+    DEFAULT_MODES = ["plain", "prepared", "graph", "graph+bf16"]
+else:
+    DEFAULT_MODES = ["plain", "prepared", *(["bf16"] if torch.cpu._is_amx_tile_supported() else [])]
 WORKS = ("training", "sampling", "encoding", "memory")
 QUANTILES = (20, 50, 80)
 EMA_WEIGHT = 0.005
@@ -126,22 +130,25 @@ class Original:
 
 
 class Ours:
-    """The same of hflow_fast, in one of MODES."""
+    """The same of hflow_fast, in one of MODES or several, joined by "+"."""
 
     def __init__(self, model: HFlow, config: Mapping[str, Any], mode: str) -> None:
-        self.model = model.to(memory_format=torch.channels_last) if mode == "channels_last" else model
-        self.mode = mode
-        set_recompute(self.model, mode == "recompute")
+        modes = mode.split("+")
+        self.model = model.to(memory_format=torch.channels_last) if "channels_last" in modes else model
+        if "bf16" in modes:
+            self.model.set_precision("bf16")
+        self.plain = "plain" in modes
+        set_recompute(self.model, "recompute" in modes)
         self.general = TrainConfig.from_config(config).general
         self.optimizer = build_optimizer(model.parameter_groups(), self.general)
         self.average = copy.deepcopy(model).requires_grad_(False)
-        compiled = mode == "compile"
+        compiled = "compile" in modes
         self.loss = torch.compile(model.loss) if compiled else model.loss
         self.encode = torch.compile(model.encode) if compiled else model.encode
         self.sample = torch.compile(model.sample) if compiled else model.sample
-        graphs = mode == "graph" and next(model.parameters()).device.type == "cuda"
+        graphs = "graph" in modes and next(model.parameters()).device.type == "cuda"
         self.replay: Replay[Tensor] = Replay(cuda_recorder if graphs else None, name="training", required=True)
-        if mode == "graph":
+        if "graph" in modes:
             self.encode = replayed(model, model.encode)
             self.decode = replayed(model, lambda *latents: model.decode(latents)[0])
             self.sample = self._sample_from_graph
@@ -154,7 +161,7 @@ class Ours:
     def _work(self, parts: Sequence[Tensor]) -> Generator[Callable[[], object], None, Tensor]:
         """A step in the legs of hflow_fast._replay; in any mode but graph it is simply done."""
         total = torch.zeros((), device=parts[0].device)
-        with contextlib.nullcontext() if self.mode == "plain" else self.model.prepared():
+        with contextlib.nullcontext() if self.plain else self.model.prepared():
             for part in parts:
                 yield lambda: None
                 loss = self.loss(part).mean() / len(parts)
@@ -308,7 +315,7 @@ def own_memory(side: str, options: argparse.Namespace) -> float:
         runner = Ours(model, options.settings, side)
     if options.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    for _ in range(WARM_UP + 2 if side == "graph" else 2):
+    for _ in range(WARM_UP + 2 if "graph" in side else 2):
         runner.training(parts_of(options))
     gc.collect()
     return torch.cuda.max_memory_allocated() / 2**20 if options.device.type == "cuda" else resident("VmHWM") - before
@@ -379,7 +386,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     def names(allowed: tuple[str, ...]) -> Callable[[str], list[str]]:
         def read(text: str) -> list[str]:
             chosen = text.split(",")
-            if not set(chosen) <= set(allowed):
+            if not set(text.replace("+", ",").split(",")) <= set(allowed):
                 raise argparse.ArgumentTypeError(f"{text!r}: choose from {', '.join(allowed)}, separated by commas")
             return chosen
 
@@ -391,7 +398,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4, help="images of a micro-batch")
     parser.add_argument("--groups", type=int, default=4, help="micro-batches of an optimizer step")
     parser.add_argument("--only", type=names(WORKS), default=list(WORKS), help=f"of {', '.join(WORKS)}")
-    parser.add_argument("--modes", type=names(MODES), default=DEFAULT_MODES, help=f"of {', '.join(MODES)}")
+    parser.add_argument("--modes", type=names(MODES), default=DEFAULT_MODES,
+                        help=f"of {', '.join(MODES)}, or several of these joined by +")
     parser.add_argument("--compile", action="store_true", help="also the original under torch.compile (slow)")
     parser.add_argument("--repeats", type=int, default=5)
     device = "cuda" if torch.cuda.is_available() else "cpu"
