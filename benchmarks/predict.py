@@ -172,7 +172,7 @@ def training_parts(runner: Any, images: Tensor) -> dict[str, Recorder]:
     """
     ours = hasattr(runner, "model")
     (runner.model if ours else runner.network).train()
-    block = runner.model.prepared() if ours and runner.mode != "plain" else contextlib.nullcontext()
+    block = runner.model.prepared() if ours and not runner.plain else contextlib.nullcontext()
     losses = []
     parts = {"begin": count(block.__enter__)}
     for _ in range(2):

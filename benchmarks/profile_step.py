@@ -178,7 +178,7 @@ def run(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     original.ready()
     copies = {mode: vs_original.copy.deepcopy(model) for mode in SIDES[1:]}
     runners = {"original": original}
-    runners |= {mode: vs_original.Ours(copy, options.settings, mode) for mode, copy in copies.items()}
+    runners |= {mode: vs_original.Ours(copy, options.settings, mode, options.groups) for mode, copy in copies.items()}
     common = {"config": options.config, "batch": options.batch}
     end = provenance(options.device)
     files: dict[str, list[dict[str, Any]]] = defaultdict(list)

@@ -12,11 +12,12 @@ First, losses and every gradient are compared, without noise, in float64. Then a
 - memory: peak of a training step in a process of its own, above what the imports take.
 
 Ours comes in modes: plain (every pass computes its own weights), prepared (once per step, as the trainer does),
-channels_last (prepared, with weights and so everything else in that format), bf16 (prepared, networks in bfloat16),
-recompute (prepared, activations computed again in the backward pass), graph (prepared, and replayed from CUDA graphs,
-where there are any) and compile (prepared, passes through torch.compile); graph+bf16 is both. On a GPU both sides may
-use TF32, as the original does, unless --precision fp32. The original with torch.compile, --compile, takes half an hour
-to compile on a CPU.
+channels_last (prepared, with weights and so everything else in that format: the trainer's choice with AVX-512), bf16
+(prepared, networks in bfloat16, channels_last), merge (prepared, all micro-batches of a step in one pass that keeps
+their statistics apart), recompute (prepared, activations computed again in the backward pass), graph (prepared, and
+replayed from CUDA graphs, where there are any) and compile (prepared, passes through torch.compile); bf16+merge is
+both. On a GPU both sides may use TF32, as the original does, unless --precision fp32. The original with torch.compile,
+--compile, takes half an hour to compile on a CPU.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from hflow_fast._replay import WARM_UP, Replay, cuda_recorder
 from hflow_fast.bench.results import append_csv, provenance
 from hflow_fast.configs import load_config
 from hflow_fast.inference.graphs import replayed
-from hflow_fast.models import HFlow
+from hflow_fast.models import HFlow, Noise
 from hflow_fast.models.hflow.original import original_names
 from hflow_fast.nn import set_recompute
 from hflow_fast.training.config import TrainConfig
@@ -52,11 +53,12 @@ from hflow_fast.training.ema import update_average
 from hflow_fast.training.optimizer import build_optimizer, clip_and_step
 
 RESULTS = Path(__file__).parent / "results" / "model"
-MODES = ("plain", "prepared", "channels_last", "bf16", "recompute", "graph", "compile")
+MODES = ("plain", "prepared", "channels_last", "bf16", "merge", "recompute", "graph", "compile")
 if torch.cuda.is_available():
     DEFAULT_MODES = ["plain", "prepared", "graph", "graph+bf16"]
 else:
-    DEFAULT_MODES = ["plain", "prepared", *(["bf16"] if torch.cpu._is_amx_tile_supported() else [])]
+    DEFAULT_MODES = ["plain", "prepared", "channels_last"]
+    DEFAULT_MODES += ["bf16", "bf16+merge"] if torch.cpu._is_amx_tile_supported() else []
 WORKS = ("training", "sampling", "encoding", "memory")
 QUANTILES = (20, 50, 80)
 EMA_WEIGHT = 0.005
@@ -132,12 +134,14 @@ class Original:
 class Ours:
     """The same of hflow_fast, in one of MODES or several, joined by "+"."""
 
-    def __init__(self, model: HFlow, config: Mapping[str, Any], mode: str) -> None:
+    def __init__(self, model: HFlow, config: Mapping[str, Any], mode: str, groups: int = 1) -> None:
         modes = mode.split("+")
-        self.model = model.to(memory_format=torch.channels_last) if "channels_last" in modes else model
-        if "bf16" in modes:
-            self.model.set_precision("bf16")
-        self.plain = "plain" in modes
+        self.model = model
+        if {"channels_last", "bf16"} & set(modes):
+            precision = "bf16" if "bf16" in modes else "tf32" if torch.backends.cudnn.allow_tf32 else "fp32"
+            model.set_precision(precision, channels_last=True)
+        self.plain, self.merge = "plain" in modes, "merge" in modes
+        self.noise = Noise([None] * groups) if self.merge else True
         set_recompute(self.model, "recompute" in modes)
         self.general = TrainConfig.from_config(config).general
         self.optimizer = build_optimizer(model.parameter_groups(), self.general)
@@ -155,6 +159,8 @@ class Ours:
 
     def training(self, parts: list[Tensor]) -> None:
         self.model.train()
+        if self.merge:
+            parts = [torch.cat(parts)]
         self.replay.run(self._work, parts, self.model.launch_choices(),
                         lambda: [*self.model.parameters(), *self.average.parameters()])  # fmt: skip
 
@@ -164,7 +170,7 @@ class Ours:
         with contextlib.nullcontext() if self.plain else self.model.prepared():
             for part in parts:
                 yield lambda: None
-                loss = self.loss(part).mean() / len(parts)
+                loss = self.loss(part, self.noise).mean() / len(parts)
                 loss.backward()
                 total += loss.detach()
         clip_and_step(self.optimizer, total, self.general.grad_clip)
@@ -312,7 +318,7 @@ def own_memory(side: str, options: argparse.Namespace) -> float:
     else:
         model = HFlow.from_config(options.settings).to(options.device)
         model.initialize(images(options, options.batch))
-        runner = Ours(model, options.settings, side)
+        runner = Ours(model, options.settings, side, options.groups)
     if options.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     for _ in range(WARM_UP + 2 if "graph" in side else 2):
@@ -337,7 +343,7 @@ def measure(options: argparse.Namespace) -> tuple[dict[str, float], dict[str, di
         sides["original compiled"] = compiled
     for side in sides.values():
         side.ready()
-    sides |= {mode: Ours(copy.deepcopy(model), options.settings, mode) for mode in options.modes}
+    sides |= {mode: Ours(copy.deepcopy(model), options.settings, mode, options.groups) for mode in options.modes}
     del model
     results = {}
     parts, x = parts_of(options), images(options, max(2, options.batch))  # one image has no std in the original

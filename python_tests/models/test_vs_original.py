@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from hflow_fast.models import HFlow
+from hflow_fast.models import HFlow, Noise
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "vs_original.py"
 
@@ -51,10 +51,11 @@ def test_every_mode_does_the_same_work(script, options, monkeypatch):
         gradients.append([loss, *(p.grad for group in optimizer.param_groups for p in group["params"])])
 
     monkeypatch.setattr(script, "clip_and_step", clip_and_step)
-    for mode in ("plain", "prepared", "channels_last"):
-        side = script.Ours(script.copy.deepcopy(model), options.settings, mode)
-        with script.zero_noise():  # which would be another in another memory format
-            side.training([images, images.flip(0)])
+    for mode in ("plain", "prepared", "channels_last", "merge", "channels_last+merge"):
+        side = script.Ours(script.copy.deepcopy(model), options.settings, mode, groups=2)
+        # Samples would be others in another memory format.
+        side.noise = Noise([None] * (2 if "merge" in mode else 1), sample=False)
+        side.training([images, images.flip(0)])
         assert side.sampling(2).shape == images.shape and len(side.encoding(images)) == 3
     for one, *others in zip(*gradients, strict=True):
         for other in others:

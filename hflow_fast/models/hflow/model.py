@@ -124,7 +124,8 @@ class HFlow(nn.Module):
                 weights and features in bfloat16. tf32 and fp32 are PyTorch's setting of the whole process
                 (:data:`torch.backends.cudnn.allow_tf32`), and until this is called, what it is holds. None: tf32 on a
                 GPU, fp32 elsewhere. It is not saved with the weights, which fit all.
-            channels_last: memory format of flow variables and features, inside. None: as suits precision and device.
+            channels_last: memory format of flow variables and features, inside, and of the parameters, which saves
+                copies. None: as suits precision and device.
 
         Returns:
             The model.
@@ -135,6 +136,7 @@ class HFlow(nn.Module):
         channels_last = by_default if channels_last is None else channels_last
         torch.backends.cudnn.allow_tf32 = precision != "fp32"
         self._precision, self._channels_last = precision, channels_last
+        self.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
         self._weights.take_form(NetworkForm(torch.bfloat16 if precision == "bf16" else None, channels_last))
         return self
 
