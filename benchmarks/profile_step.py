@@ -261,11 +261,16 @@ def tables(folder: Path) -> dict[str, str]:
     rows = newest(folder / "vs_original.csv", "work", "side", "precision", "groups")
     if rows:
         lines = [["work", "side", "precision", "median", "20–80 %", "original / this"]]
-        lines += [[row["work"], row["side"], row["precision"], f"{float(row['q50']):.3g} {row['unit']}",
-                   f"{float(row['q20']):.3g}–{float(row['q80']):.3g}", f"{float(row['original_over_this']):.2f}"]
+        lines += [[row["work"], row["side"], row["precision"], f"{_short(row['q50'])} {row['unit']}",
+                   f"{_short(row['q20'])}–{_short(row['q80'])}", f"{float(row['original_over_this']):.2f}"]
                   for row in rows]  # fmt: skip
         result["vs_original"] = _table(lines, rows[-1], f" × {rows[-1]['groups']}")
     return result
+
+
+def _short(number: str) -> str:
+    """Three digits, or all before the point."""
+    return f"{float(number):.3g}" if float(number) < 100 else f"{float(number):,.0f}"
 
 
 def _table(lines: Sequence[Sequence[str]], row: Mapping[str, str], more: str = "") -> str:

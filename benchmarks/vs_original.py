@@ -378,7 +378,8 @@ def save(options: argparse.Namespace, differences: Mapping[str, float], results:
     """One line per work and side."""
     where = provenance(options.device)
     rows = [
-        {"config": options.config, "batch": options.batch, "groups": options.groups, "precision": options.precision,
+        {"config": options.config, "batch": options.batch, "groups": options.groups,
+         "precision": "bf16" if "bf16" in name else options.precision,
          "work": work, "side": name, "unit": "MiB" if work == "memory" else "s",
          **{f"q{q}": f"{value:.4f}" for q, value in zip(QUANTILES, values)},
          "original_over_this": f"{sides['original'][1] / values[1]:.3f}", "repeats": options.repeats,
