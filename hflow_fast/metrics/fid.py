@@ -60,7 +60,8 @@ def fid_of_model(
         model: with ``sample`` and ``resolution``, in evaluation mode.
         dataset: of the model's resolution; its 8-bit images are taken as they are, without flips or noise.
         extractor: of the features. The FID of the literature wants StyleGAN's Inception.
-        n: number of samples; of the dataset as many, a fixed random choice, or all if there are fewer.
+        n: number of samples; of the dataset as many, a fixed random choice, or all if there are fewer. Samples of a
+            class-conditional model have the classes of these images, in turn.
         std, seed: of the samples, as :func:`hflow_fast.inference.draw_samples` takes them.
         split: the part of the dataset to compare with.
         batch_size: images per pass of the model and of the extractor.
@@ -71,7 +72,8 @@ def fid_of_model(
     Raises:
         DatasetError: the split is empty, or of another resolution than the model.
         CheckpointError: the extractor does not take the images.
-        ConfigError: fewer than two samples, or torchmetrics is not installed.
+        ConfigError: fewer than two samples, torchmetrics is not installed, or the model is class-conditional and the
+            dataset has no classes.
     """
     if n < 2:
         raise ConfigError(f"a FID needs at least 2 samples and should have thousands, not {n}; see FID_N_SAMPLES.")
@@ -92,7 +94,8 @@ def fid_of_model(
         real = _sums(batches, extractor, progress)
         if kept:
             kept.write(origin, real)
-    samples = (draw_samples(model, batch, std=std, seed=seed, batch_size=batch_size)
+    labels = images.labels[indices].tolist() if dataset.classes and getattr(model, "num_classes", 0) else None
+    samples = (draw_samples(model, batch, std=std, seed=seed, batch_size=batch_size, labels=labels)
                for batch in (range(n)[start:start + batch_size] for start in range(0, n, batch_size)))
     return _distance(real, _sums(samples, extractor, progress))
 
