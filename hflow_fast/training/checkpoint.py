@@ -28,7 +28,7 @@ from ..errors import CheckpointError
 from .rotation import checkpoint_files
 
 if TYPE_CHECKING:
-    from ..models.hflow.precision import Precision
+    from ..models.precision import Precision
 
 __all__ = ["Checkpoint", "load_initial_weights", "load_model", "load_weights", "read_checkpoint", "save_checkpoint"]
 
