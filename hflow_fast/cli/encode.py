@@ -42,7 +42,8 @@ def encode(
     from ..training import load_model
 
     model, config = load_model(checkpoint, average=ema, device=device, precision=precision)
-    label = chosen_label(model, config, class_name, required=False)
+    have_own = all((path / "dataset.json").is_file() for path in images)
+    label = chosen_label(model, config, class_name, required=not have_own)
     out.parent.mkdir(parents=True, exist_ok=True)
     done = encode_to_file(model, images, out, part=part, label=label, batch_size=batch_size, model_name=str(checkpoint),
                           progress=True)

@@ -143,10 +143,11 @@ def chosen_label(
     Raises:
         click.BadParameter: there is no such class, or it is missing; the text lists the classes.
     """
+    from ..data.classes import number_of_classes
     from ..errors import ConfigError
     from ..inference.labels import class_number, listed
 
-    classes, names = getattr(model, "num_classes", 0), class_names(config)
+    classes, names = number_of_classes(model), class_names(config)
     if class_name is None:
         if classes and required:
             raise click.BadParameter(f"the model is class-conditional, so a class is needed; {listed(classes, names)}.",

@@ -7,9 +7,10 @@ from typing import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..data.classes import number_of_classes
 from ..errors import ConfigError
 
-__all__ = ["Labels", "class_number", "in_turn", "label_tensors"]
+__all__ = ["Labels", "class_number", "in_turn", "label_tensors", "listed"]
 
 Labels = int | Sequence[int] | Tensor | None
 """One class for all images, or one for each; None for models without classes."""
@@ -31,14 +32,14 @@ def label_tensors(model: nn.Module, labels: Labels, count: int) -> tuple[Tensor,
     Raises:
         ConfigError: the model has classes and there are no labels, or the converse; or a label is not one of its classes.
     """
-    classes = getattr(model, "num_classes", 0)
+    classes = number_of_classes(model)
     if not classes:
         if labels is not None:
             raise ConfigError(f"{type(model).__name__}: this model has no classes; leave labels out.")
         return ()
     if labels is None:
-        raise ConfigError(f"{type(model).__name__}: this model is class-conditional; say which class with labels "
-                          f"(--label); {listed(classes, getattr(model, 'class_names', ()))}.")
+        raise ConfigError(f"{type(model).__name__}: this model is class-conditional; say which class with labels; "
+                          f"{listed(classes)}.")
     numbers = torch.as_tensor(labels, dtype=torch.int64)
     if numbers.dim() > 1 or (numbers.dim() == 1 and len(numbers) != count):
         raise ConfigError(f"labels of shape {tuple(numbers.shape)} for {count} images; give one for each, or one for all.")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..data import from_uint8, to_uint8
+from ..data.classes import number_of_classes
 from ..errors import ConfigError, DatasetError
 from .graphs import replayed, replayed_decoder
 from .identity import model_fingerprint
@@ -203,7 +204,7 @@ def _encode(
 
 def _labels_of(model: nn.Module, source: ImageSet, positions: Sequence[int], label: int | None) -> Labels:
     """The class asked for, or those that a dataset gives its images if the model has classes; None where one has none."""
-    if label is not None or not getattr(model, "num_classes", 0):
+    if label is not None or not number_of_classes(model):
         return label
     labels = [source.labels[position] for position in positions]
     return None if None in labels else labels

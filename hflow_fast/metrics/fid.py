@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data import ImageDataset
+from ..data.classes import class_labels
 from ..errors import ConfigError, DatasetError
 from ..inference import draw_samples
 from .extractor import FeatureExtractor
@@ -70,10 +71,10 @@ def fid_of_model(
         progress: told the number of images after each batch: of the dataset, unless they were kept, then samples.
 
     Raises:
-        DatasetError: the split is empty, or of another resolution than the model.
+        DatasetError: the split is empty, or of another resolution than the model; or the model is class-conditional, and
+            the images have no classes or others.
         CheckpointError: the extractor does not take the images.
-        ConfigError: fewer than two samples, torchmetrics is not installed, or the model is class-conditional and the
-            dataset has no classes.
+        ConfigError: fewer than two samples, or torchmetrics is not installed.
     """
     if n < 2:
         raise ConfigError(f"a FID needs at least 2 samples and should have thousands, not {n}; see FID_N_SAMPLES.")
@@ -82,6 +83,7 @@ def fid_of_model(
                            f"makes {model.resolution} × {model.resolution}; make a dataset of that resolution.")
     images = dataset.train if split == "train" else dataset.held_out
     indices = evaluation_indices(len(images), n)
+    labels = class_labels(model, images)
     kept = FeatureCache(cache) if cache is not None and extractor.key is not None else None
     origin = {"dataset": dataset.fingerprint, "extractor": extractor.key or "", "split": split,
               "images": hashlib.sha256(indices.numpy()).hexdigest()}
@@ -94,8 +96,8 @@ def fid_of_model(
         real = _sums(batches, extractor, progress)
         if kept:
             kept.write(origin, real)
-    labels = images.labels[indices].tolist() if dataset.classes and getattr(model, "num_classes", 0) else None
-    samples = (draw_samples(model, batch, std=std, seed=seed, batch_size=batch_size, labels=labels)
+    samples = (draw_samples(model, batch, std=std, seed=seed, batch_size=batch_size,
+                            labels=None if labels is None else labels[indices])
                for batch in (range(n)[start:start + batch_size] for start in range(0, n, batch_size)))
     return _distance(real, _sums(samples, extractor, progress))
 

@@ -84,6 +84,13 @@ def test_labels_of_images_and_their_number(conditional: Glow, images: Tensor) ->
         latents_of(conditional, images, [0, 1])
 
 
+def test_a_class_decides_the_last_latent_only(conditional: Glow, images: Tensor) -> None:
+    first, second = (latents_of(conditional, images, label) for label in (0, 1))
+    for finer, same in zip(first[:-1], second[:-1]):
+        torch.testing.assert_close(finer, same)
+    assert (first[-1] - second[-1]).abs().max() > 0.01
+
+
 def test_interpolation_and_reconstruction_keep_the_class(conditional: Glow, images: Tensor) -> None:
     start, end = (latents_of(conditional, images[which], [1, 2]) for which in (slice(0, 2), slice(2, 4)))
     frames = list(interpolate(conditional, start, end, 5, labels=[1, 2], batch_size=4))
