@@ -24,7 +24,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterator
 
 import torch
 
@@ -102,16 +102,25 @@ def run(options: argparse.Namespace, dataset: ImageDataset) -> dict[tuple[str, i
     cells = [(permutation, seed) for seed in options.seeds for permutation in options.permutations]
     missing = [cell for cell in cells if cell not in done]
     print(f"{len(cells) - len(missing)} of {len(cells)} models are finished, {len(missing)} to train")
-    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(measure, options.dataset, *cell, options.steps, options.draws) for cell in missing]
-        for future in as_completed(futures):
-            row = future.result()
-            done[row["permutation"], row["seed"]] = row
-            print(f"{row['permutation']:<8} seed {row['seed']}  {row['bits_per_dim']} bits/dim, Gaussian "
-                  f"{row['gaussian']}, {row['seconds']} s", flush=True)
-            if not options.dry_run:
-                append_csv(options.results, [row])
+    for row in measured(options, missing):
+        done[row["permutation"], row["seed"]] = row
+        print(f"{row['permutation']:<8} seed {row['seed']}  {row['bits_per_dim']} bits/dim, Gaussian {row['gaussian']}, "
+              f"{row['seconds']} s", flush=True)
+        if not options.dry_run:
+            append_csv(options.results, [row])
     return {cell: done[cell] for cell in cells}
+
+
+def measured(options: argparse.Namespace, cells: list[tuple[str, int]]) -> Iterator[Row]:
+    """The rows of the cells, as they are finished."""
+    if options.jobs == 1:
+        for cell in cells:
+            yield measure(options.dataset, *cell, options.steps, options.draws)
+        return
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        futures = [pool.submit(measure, options.dataset, *cell, options.steps, options.draws) for cell in cells]
+        for future in as_completed(futures):
+            yield future.result()
 
 
 def table(rows: dict[tuple[str, int], Row]) -> str:
