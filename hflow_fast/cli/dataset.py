@@ -62,5 +62,7 @@ def dataset(
 
 def _labels(made: ImageDataset) -> str:
     """What there is to say about labels."""
-    counts = {"classes": len(made.classes), "attributes": len(made.attributes)}
-    return "".join(f", {count} {what}" for what, count in counts.items() if count)
+    if made.classes:
+        return f", {len(made.classes)} classes"
+    count = len(made.attributes)
+    return f", {count} attribute{'s' * (count > 1)}" if count else ""

@@ -129,7 +129,7 @@ def _parse(text: str) -> tuple[list[str], dict[str, list[str]]]:
     if lines and lines[0].strip().isdecimal():
         table = [["name", *lines[1].split()] if len(lines) > 1 else [], *(line.split() for line in lines[2:])]
     else:
-        table = list(csv.reader(io.StringIO(text)))
+        table = list(csv.reader(io.StringIO(text), skipinitialspace=True))
     table = [[cell.strip() for cell in row] for row in table if row]
     if not table or len(table[0]) < 2:
         raise ValueError("its first line has to hold titles: name,label, or name and one for each attribute")

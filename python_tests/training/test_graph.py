@@ -34,6 +34,7 @@ MakeTrainer = Callable[..., Trainer]
 
 def state(trainer: Trainer) -> list[Tensor]:
     moments = [value for values in trainer._optimizer.state.values() for value in values.values()]
+    moments += [group["step"] for group in trainer._optimizer.param_groups if "step" in group]  # Adamax's
     return [*trainer.model.state_dict().values(), *trainer.average.state_dict().values(), *moments]
 
 
@@ -74,9 +75,13 @@ def assert_equal_runs(plain: Trainer, recorded: Trainer, steps: int) -> None:
         assert all(map(torch.equal, state(recorded), state(plain))), number
 
 
-def test_replays_give_the_same_numbers(tmp_path: Path, make_trainer: MakeTrainer) -> None:  # 3 steps are an epoch
-    """To the bit: noise, data, decays, the average's weight from epoch 1 on, encoders frozen from epoch 3 on."""
-    schedule = {"noise": 0.1, "LEARNING_RATE_DECAY_START": 0, "LEARNING_RATE_CUT_ENCODERS": 3}
+@pytest.mark.parametrize("optimizer", ["adam", "adamax"])
+def test_replays_give_the_same_numbers(  # 3 steps are an epoch
+    tmp_path: Path, make_trainer: MakeTrainer, optimizer: str
+) -> None:
+    """To the bit: noise, data, warm-up, decays, the average's weight from epoch 1 on, frozen encoders from 3 on."""
+    schedule = {"noise": 0.1, "LEARNING_RATE_DECAY_START": 0, "LEARNING_RATE_CUT_ENCODERS": 3, "OPTIMIZER": optimizer,
+                "WARMUP_EPOCHS": 2.5}
     plain, recorded = make_trainer(tmp_path / "a", **schedule), record(make_trainer(tmp_path / "b", **schedule))
     plain.initialize(), recorded.initialize()
     assert_equal_runs(plain, recorded, 15)
@@ -105,8 +110,9 @@ def test_a_replay_counts_as_a_change_of_what_it_changes(tmp_path: Path, hflow: C
     assert trainer._replay.is_recorded
 
 
-def test_a_replay_skips_a_step_that_is_not_finite(tmp_path: Path, make_trainer: MakeTrainer) -> None:
-    trainer = record(make_trainer(tmp_path / "run", EMA_WEIGHT=1.0))
+@pytest.mark.parametrize("optimizer", ["adam", "adamax"])
+def test_a_replay_skips_a_step_that_is_not_finite(tmp_path: Path, make_trainer: MakeTrainer, optimizer: str) -> None:
+    trainer = record(make_trainer(tmp_path / "run", EMA_WEIGHT=1.0, OPTIMIZER=optimizer))
     trainer.initialize()
     for _ in range(3):
         trainer.step()
