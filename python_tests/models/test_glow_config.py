@@ -13,7 +13,7 @@ from hflow_fast.models import Glow, GlowConfig
 
 from .glow_oracle import SMALL
 
-PRESETS = [name for name in preset_names() if name.startswith("glow-")]
+PRESETS = preset_names("glow")
 
 
 def built(source) -> Glow:
