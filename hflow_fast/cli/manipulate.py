@@ -66,7 +66,7 @@ def manipulate(
     from .. import inference
     from ..errors import ConfigError
     from ..inference import studies
-    from ..inference.images import safe_stem
+    from ..inference.images import safe_name, safe_stem
     from ..inference.manipulation import FACTOR
     from ..training import load_model
 
@@ -104,7 +104,7 @@ def manipulate(
     for number, (title, of_image) in enumerate(zip(titles, grid)):
         for attribute, of_attribute in zip(attributes, of_image):
             for strength, image in zip(strengths, of_attribute):
-                name = f"{number:03d}_{safe_stem(title)}_{safe_stem(attribute.name)}_{strength:+g}.png"
+                name = f"{number:03d}_{safe_stem(title)}_{safe_name(attribute.name)}_{strength:+g}.png"
                 inference.save_png(image, directory / name)
     inference.save_png(
         studies.labelled_grid(grid.flatten(0, 1), rows=[attribute.name for attribute in attributes] * len(titles),

@@ -88,7 +88,8 @@ def _drawing(model: nn.Module, std: Std, seed: int, labels: Labels, bits: int) -
     """Numbers of samples → their 8-bit images, on the device."""
     if not 1 <= bits <= 8:
         raise ValueError(f"draw_samples: bits must be 1 to 8, got {bits}.")
-    label_tensors(model, labels, 1 if labels is None or isinstance(labels, int) else len(labels))  # all of them are checked
+    in_turn(labels, [0])  # there is one, and all are the model's: said before anything is drawn
+    label_tensors(model, labels, 1 if labels is None or isinstance(labels, int) else len(labels))
     decode, dropped = replayed_decoder(model, to_uint8), 8 - bits
 
     def draw(indices: Sequence[int]) -> Tensor:

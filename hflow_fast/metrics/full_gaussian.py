@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from .bits_per_dim import bits_per_dim
 
 __all__ = ["FullGaussian"]
 
-_CHUNK = 256
+_CHUNK = 1024
 _FOLDS = 5
 _SHRINKAGES = (0.0, *(scale * 10.0**power for power in (-5, -4, -3, -2, -1) for scale in (1, 3)))
 
@@ -57,8 +59,8 @@ class FullGaussian:
         if shrinkage is not None and not 0 <= shrinkage <= 1:
             raise ValueError(f"FullGaussian.fit: shrinkage must be in [0, 1], got {shrinkage}.")
         bounds = torch.linspace(0, len(images), _FOLDS + 1).round().int().tolist()
-        folds = [_Moments.of(images[start:stop], bits) for start, stop in zip(bounds, bounds[1:]) if stop > start]
-        everything = sum(folds[1:], folds[0])
+        folds = [_Moments.of(images, range(start, stop), bits) for start, stop in zip(bounds, bounds[1:]) if stop > start]
+        everything = reduce(add, folds)
         if shrinkage is None:
             shrinkage = _best_shrinkage(folds, everything) if len(images) >= 2 * _FOLDS else 1.0
         return cls(everything.mean, _shrunk(everything.covariance, shrinkage), shrinkage, bits)
@@ -95,9 +97,12 @@ class _Moments:
     bits: int
 
     @classmethod
-    def of(cls, images: Tensor, bits: int) -> _Moments:
-        values = _values(images, bits)
-        return cls(len(images), values.sum(dim=0), values.T @ values, bits)
+    def of(cls, images: Images | Tensor, which: range, bits: int) -> _Moments:
+        parts = []
+        for start in range(which.start, which.stop, _CHUNK):
+            values = _values(images[start:min(start + _CHUNK, which.stop)], bits)
+            parts.append(cls(len(values), values.sum(dim=0), values.T @ values, bits))
+        return reduce(add, parts)
 
     def __add__(self, other: _Moments) -> _Moments:
         return _Moments(self.count + other.count, self.total + other.total, self.outer + other.outer, self.bits)

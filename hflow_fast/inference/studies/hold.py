@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...data import to_uint8
+from ...errors import ConfigError
 from ..sampling import draw_latents
 from .latents import decode_in_batches, encode_in_batches, expand
 
@@ -35,7 +36,12 @@ def hold_levels(
 
     Returns:
         (N, L − 1, K, 3, R, R), uint8, on the CPU. Cut c is below the c + 1 finest levels.
+
+    Raises:
+        ConfigError: the model has a single level.
     """
+    if len(model.latent_shapes) < 2:
+        raise ConfigError("hold_levels: this model has a single level, which nothing can be held of.")
     latents = encode_in_batches(model, images, batch_size, label)
     fresh = draw_latents(model, range(draws), std=std, seed=seed)
     samples = torch.empty(len(images), len(latents) - 1, draws, *images.shape[1:], dtype=torch.uint8)
