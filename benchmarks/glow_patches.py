@@ -1,17 +1,17 @@
-"""Small Glows on patches of photographs: how Glow's permutations compare, and all of them with the best single Gaussian.
+"""Small Glows on patches of photographs: Glow's permutations beside each other and beside the best single Gaussian.
 
 python scripts/photo_patches.py .cache/patches.zip
 hflow-fast dataset .cache/patches.zip .cache/patches --resolution 8
 python benchmarks/glow_patches.py .cache/patches [--jobs 2] [--steps 3000] [--seeds 0 1 2] [--markdown] [--dry-run]
 
-Trains one model per permutation (reverse, shuffle, 1x1) and seed, each on one thread for the same number of steps, on the
-same patches in an order that the seed decides; then measures bits per dimension of the held-out patches with the moving
-average of the weights, in the mean over --draws draws of the dequantisation noise. The Gaussian has full covariance, is
-fitted to the training patches, with the shrinkage that cross-validation on them chooses, and is evaluated in the exact
-mean over the noise.
+Trains one model per permutation (reverse, shuffle, 1x1) and seed, each on one thread for the same number of steps, on
+the same patches in an order that the seed decides; then measures bits per dimension of the held-out patches with the
+moving average of the weights, in the mean over --draws draws of the dequantisation noise. The Gaussian has full
+covariance, is fitted to the training patches, with the shrinkage that cross-validation on them chooses, and is evaluated
+in the exact mean over the noise.
 
-± is the 95 % interval over the choice of held-out patches: of the mean, and of the difference from the Gaussian, patch by
-patch. A finished model is appended to the results at once and not trained again by the same call.
+Half widths are of the 95 % interval over the choice of held-out patches: of the mean, and of the difference from the
+Gaussian, patch by patch. A finished model is appended to the results at once and not trained again by the same call.
 """
 
 from __future__ import annotations
@@ -104,8 +104,8 @@ def run(options: argparse.Namespace, dataset: ImageDataset) -> dict[tuple[str, i
     print(f"{len(cells) - len(missing)} of {len(cells)} models are finished, {len(missing)} to train")
     for row in measured(options, missing):
         done[row["permutation"], row["seed"]] = row
-        print(f"{row['permutation']:<8} seed {row['seed']}  {row['bits_per_dim']} bits/dim, Gaussian {row['gaussian']}, "
-              f"{row['seconds']} s", flush=True)
+        print(f"{row['permutation']:<8} seed {row['seed']}  {row['bits_per_dim']} bits/dim, "
+              f"Gaussian {row['gaussian']}, {row['seconds']} s", flush=True)
         if not options.dry_run:
             append_csv(options.results, [row])
     return {cell: done[cell] for cell in cells}
@@ -147,8 +147,8 @@ def caption(row: Row) -> str:
     return (f"{int(row['patches']):,} training and {int(row['held_out']):,} held-out patches of {row['resolution']} × "
             f"{row['resolution']} pixels. L {row['levels']}, K {row['steps_per_level']}, width {row['width']}, "
             f"{row['coupling']}, {int(row['parameters']):,} parameters (1x1); {row['steps']} steps of "
-            f"{row['batch_size']} patches, {row['seconds']} s on one core of {row['device']}. The mean's ± is the standard "
-            "deviation over seeds; the difference's is the 95 % interval over patches.")
+            f"{row['batch_size']} patches, {row['seconds']} s on one core of {row['device']}. The mean's ± is the "
+            "standard deviation over seeds; the difference's is the 95 % interval over patches.")
 
 
 def write_markdown(text: str, page: Path) -> None:

@@ -2,8 +2,8 @@
 
     python examples/interpolate.py runs/demo first.png second.png ways.png way.gif
 
-The rows: straight through all latents; at constant distance from zero; and, of an HFlow, straight through the endblock's
-code.
+The rows: straight through all latents; at constant distance from zero; and, of an HFlow, straight through the
+endblock's code.
 """
 
 import argparse

@@ -23,7 +23,7 @@ from PIL import Image
 
 WORDS = {
     "face": r"\bFACE\b", "hand": r"\b(HAND|HANDS|FIST|FINGER)\b", "heart": r"\bHEARTS?\b",
-    "animal": r"\b(ANIMAL|DOG|CAT|MONKEY|BEAR|BIRD|FISH|WHALE|HORSE|COW|PIG|MOUSE|RABBIT|SNAKE|TURTLE|TIGER|LION|CHICKEN)\b",
+    "animal": r"\b(DOG|CAT|MONKEY|BEAR|BIRD|FISH|WHALE|HORSE|COW|PIG|MOUSE|RABBIT|SNAKE|TURTLE|TIGER|LION|CHICKEN)\b",
     "square": r"\b(SQUARED?|KEYCAP)\b",
 }
 WHITE = 40  # of 255: pixels closer to white are paper

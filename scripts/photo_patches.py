@@ -5,8 +5,9 @@
     hflow-fast dataset .cache/patches.zip .cache/patches --resolution 8
 
 Takes the photographs of installed packages, or those in the folders given with --photos. Each is reduced by 2, which
-leaves little of JPEG's blocks and the sensor's noise, and cut into tiles of 32 × 32 pixels. Every tenth tile, by a hash,
-is held out, so that no pixel is on both sides. Patches of held-out tiles do not overlap; those for training do, by half.
+leaves little of JPEG's blocks and the sensor's noise, and cut into tiles of 32 × 32 pixels. Every tenth tile, by a
+hash, is held out, so that no pixel is on both sides. Patches of held-out tiles do not overlap; those for training do, by
+half.
 A patch's name begins with its tile's hash: patches in the order of names are in a random order of tiles.
 """
 

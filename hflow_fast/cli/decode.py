@@ -28,9 +28,9 @@ def decode(
 ) -> None:
     """Turn latents written by hflow-fast encode back into images.
 
-    CHECKPOINT is that of the model that encoded them: a run's folder or a checkpoint file. Images come back as exactly as
-    can be in the precision and at the batch size of encoding, which are the defaults, and under the class of encoding:
-    --label takes another one for all.
+    CHECKPOINT is that of the model that encoded them: a run's folder or a checkpoint file. Images come back as
+    exactly as can be in the precision and at the batch size of encoding, which are the defaults, and under the class
+    of encoding; --label takes another one for all.
     """
     from ..inference import LatentFiles, decode_to_folder
     from ..training import load_model

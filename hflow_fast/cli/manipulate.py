@@ -33,7 +33,8 @@ _FEW = 50
 @click.option("--data", type=click.Path(path_type=Path),
               help="Take the training images of this dataset instead, by its labels.")
 @click.option("--attribute", "names", multiple=True, metavar="NAME", help="With --data, one of its attributes, or the "
-              "class to set against all others; can be repeated. With --positive, what to call it. With --vectors, which of them.  [default: all]")
+              "class to set against all others; can be repeated. With --positive, what to call it. "
+              "With --vectors, which of them.  [default: all]")
 @click.option("--vectors", type=click.Path(path_type=Path), help="Take the attributes that an earlier call found: its "
               "vectors.safetensors.")
 @click.option("--strengths", type=Numbers(float, at_least=-float("inf")), default=(-1.0, -0.5, 0.0, 0.5, 1.0),
@@ -71,8 +72,8 @@ def manipulate(
     from ..training import load_model
 
     if bool(positive or negative) + (data is not None) + (vectors is not None) != 1:
-        raise click.UsageError("say where the attribute comes from: --positive and --negative, or --data and --attribute, "
-                               "or --vectors.")
+        raise click.UsageError("say where the attribute comes from: --positive and --negative, or --data and "
+                               "--attribute, or --vectors.")
     if (positive or negative) and not (positive and negative):
         raise click.UsageError("give images with the attribute (--positive) and without it (--negative).")
     if positive and len(names) > 1:

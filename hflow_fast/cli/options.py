@@ -11,8 +11,8 @@ import click
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["batch_size_option", "chosen_label", "class_names", "device_option", "ema_option", "label_option", "new_file",
-           "pixel_bits", "precision_option", "sampling_std", "seed_option", "std_option", "threads_option"]
+__all__ = ["batch_size_option", "chosen_label", "class_names", "device_option", "ema_option", "label_option",
+           "new_file", "pixel_bits", "precision_option", "sampling_std", "seed_option", "std_option", "threads_option"]
 
 
 def _device(context: click.Context, parameter: click.Parameter, value: str) -> str:
@@ -120,8 +120,8 @@ def sampling_std(
 
 def label_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """``--label``, given to the command as ``class_name``; see :func:`chosen_label`."""
-    return click.option("--label", "class_name", metavar="CLASS", help="Of a class-conditional model: the class, by name "
-                        "or number.")(command)
+    return click.option("--label", "class_name", metavar="CLASS",
+                        help="Of a class-conditional model: the class, by name or number.")(command)
 
 
 def class_names(config: Mapping[str, Any]) -> list[str]:

@@ -20,8 +20,8 @@ __all__ = ["sample"]
               help="Number of images. Under torchrun, which takes --n for its own, --count.")
 @std_option
 @seed_option
-@click.option("--label", "words", multiple=True, metavar="CLASS", help="Of a class-conditional model: the class, by name or "
-              "number. Given several times, the images take the classes in turn.")
+@click.option("--label", "words", multiple=True, metavar="CLASS", help="Of a class-conditional model: the class, by "
+              "name or number. Given several times, the images take the classes in turn.")
 @ema_option
 @batch_size_option
 @device_option

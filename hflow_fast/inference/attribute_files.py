@@ -58,8 +58,8 @@ def load_attributes(path: str | os.PathLike[str], model: nn.Module) -> list[Attr
     with opened_tensors(path, _damaged) as tensors:
         metadata = tensors.metadata() or {}
         if {key: metadata.get(key) for key in _FORMAT} != _FORMAT:
-            raise DatasetError(f"{path}: not attributes of this version of hflow_fast; give the vectors that hflow-fast "
-                               "manipulate wrote.")
+            raise DatasetError(f"{path}: not attributes of this version of hflow_fast; give the vectors that "
+                               "hflow-fast manipulate wrote.")
         if metadata.get("model") != model_fingerprint(model):
             raise DatasetError(f"{path}: found with another model, or with it before further training; find the "
                                "attributes again.")

@@ -82,8 +82,8 @@ def interpolate(
         space: "z" mixes all latents; "y" takes the code that the endblock makes of its latent instead of the latent,
             and the finer latents as before.
         batch_size: images at a time; ``frames`` may be any number.
-        labels: for a class-conditional model: one class for all, or one for each of the B. The way has one class; it may
-            be another than that of its ends, if they were encoded under it.
+        labels: for a class-conditional model: one class for all, or one for each of the B, under which the ends were
+            encoded.
 
     Yields:
         (B, 3, R, R), uint8, on the CPU.
@@ -107,7 +107,8 @@ def interpolate(
         mixed = [torch.cat(parts) for parts in zip(*(mix(start, end, step / (frames - 1), mode) for step in steps))]
         if space == "y":
             mixed[-1] = endblock.encode(mixed[-1])[0]
-        yield from to_uint8(model.decode(mixed, *(each.repeat(len(steps)) for each in classes))[0]).cpu().chunk(len(steps))
+        images, _ = model.decode(mixed, *(each.repeat(len(steps)) for each in classes))
+        yield from to_uint8(images).cpu().chunk(len(steps))
 
 
 def there_and_back(frames: Iterable[Tensor]) -> Iterator[Tensor]:

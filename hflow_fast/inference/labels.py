@@ -30,7 +30,7 @@ def label_tensors(model: nn.Module, labels: Labels, count: int) -> tuple[Tensor,
         The labels (N,), int64, on the model's device; nothing for a model without classes.
 
     Raises:
-        ConfigError: the model has classes and there are no labels, or the converse; or a label is not one of its classes.
+        ConfigError: the model has classes and there are no labels, or the converse; or a label is none of its classes.
     """
     classes = number_of_classes(model)
     if not classes:
@@ -42,7 +42,7 @@ def label_tensors(model: nn.Module, labels: Labels, count: int) -> tuple[Tensor,
                           f"{listed(classes)}.")
     numbers = torch.as_tensor(labels, dtype=torch.int64)
     if numbers.dim() > 1 or (numbers.dim() == 1 and len(numbers) != count):
-        raise ConfigError(f"labels of shape {tuple(numbers.shape)} for {count} images; give one for each, or one for all.")
+        raise ConfigError(f"labels of shape {tuple(numbers.shape)} for {count} images; give one, or one for each.")
     # A tensor on a GPU would have to be waited for.
     if numbers.device.type == "cpu" and not ((0 <= numbers) & (numbers < classes)).all():
         raise ConfigError(f"labels {numbers.unique().tolist()[:_SHOWN]}: this model's classes are 0 to {classes - 1}.")

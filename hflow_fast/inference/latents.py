@@ -203,7 +203,7 @@ def _encode(
 
 
 def _labels_of(model: nn.Module, source: ImageSet, positions: Sequence[int], label: int | None) -> Labels:
-    """The class asked for, or those that a dataset gives its images if the model has classes; None where one has none."""
+    """The class asked for, or, for a model with classes, those of the dataset's images; None where one has none."""
     if label is not None or not number_of_classes(model):
         return label
     labels = [source.labels[position] for position in positions]

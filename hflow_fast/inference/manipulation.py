@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data import ImageDataset, from_uint8, to_uint8
+from ..data.classes import HOW_TO_LABEL
 from ..errors import ConfigError, DatasetError
 from .graphs import replayed, replayed_decoder
 from .inputs import ImageSet
@@ -111,7 +112,7 @@ class AttributeMeans:
             direction = [(with_attribute[index] / positives - (total - with_attribute[index]) / negatives).view(shape)
                          for total, with_attribute, shape in zip(self._sums, self._sums_with, shapes)]
             if not all(part.isfinite().all() for part in direction):
-                raise ArithmeticError(f"attribute {name!r}: latents of some images are not finite; is the model trained?")
+                raise ArithmeticError(f"attribute {name!r}: the latents of some images are not finite.")
             found.append(Attribute(name, [part.float().cpu() for part in direction], positives, negatives))
         return found
 
@@ -158,17 +159,17 @@ def attributes_of_dataset(
         progress: told the number of images after each batch.
 
     Raises:
-        DatasetError: the dataset has no labels, or none of a name, or is of another resolution; or fewer than two images
-            have one of them, or do not.
+        DatasetError: the dataset has no labels, or none of a name, or is of another resolution; or fewer than two
+            images have one of them, or do not.
     """
     names = list(names)
     if dataset.resolution != model.resolution:
-        raise DatasetError(f"{dataset.path}: its images have {dataset.resolution} px, the model's {model.resolution} px; "
-                           f"make a dataset with --resolution {model.resolution}.")
+        raise DatasetError(f"{dataset.path}: its images have {dataset.resolution} px, the model's {model.resolution} "
+                           f"px; make a dataset with --resolution {model.resolution}.")
     known, labels = dataset.attributes or dataset.classes, dataset.train.labels
     if labels is None:
-        raise DatasetError(f"{dataset.path}: its images have no labels; make it with hflow-fast dataset … --labels, or "
-                           "give images with and without the attribute.")
+        raise DatasetError(f"{dataset.path}: its images have no labels; make it {HOW_TO_LABEL}; or give images with and "
+                           "without the attribute.")
     for name in names:
         if name not in known:
             raise DatasetError(f"{dataset.path}: no images of {name!r} in it; there are {', '.join(known)}.")

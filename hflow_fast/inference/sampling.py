@@ -219,7 +219,8 @@ def _claim(directory: Path, settings: dict[str, Any]) -> None:
 def _differences(file: Path, settings: dict[str, Any]) -> str:
     try:
         found = json.loads(file.read_text())
-        return ", ".join("another model's" if key == "model" else f"{key} {found.get(key)} instead of {settings.get(key)}"
-                         for key in (settings | found) if found.get(key) != settings.get(key))
+        pairs = {key: (found.get(key), settings.get(key)) for key in settings | found}
+        return ", ".join("another model's" if key == "model" else f"{key} {theirs} instead of {ours}"
+                         for key, (theirs, ours) in pairs.items() if theirs != ours)
     except (ValueError, TypeError, AttributeError):
         return f"{file.name} is damaged"

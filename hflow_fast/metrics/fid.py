@@ -71,8 +71,8 @@ def fid_of_model(
         progress: told the number of images after each batch: of the dataset, unless they were kept, then samples.
 
     Raises:
-        DatasetError: the split is empty, or of another resolution than the model; or the model is class-conditional, and
-            the images have no classes or others.
+        DatasetError: the split is empty, or of another resolution than the model; or the model is class-conditional,
+            and the images have no classes or others.
         CheckpointError: the extractor does not take the images.
         ConfigError: fewer than two samples, or torchmetrics is not installed.
     """

@@ -47,9 +47,9 @@ class FullGaussian:
         Args:
             images: (N, C, H, W), uint8, N ≥ 1.
             bits: of the pixel values, 1 to 8: the low 8 − bits are dropped.
-            shrinkage: λ in [0, 1]. None: the one of a fixed list that is best in the mean of five parts of ``images``, each
-                judged by the fit to the other four. Parts are contiguous, so images that follow each other and are alike
-                do not give a wrong impression. Fewer than 10 images take 1, independent pixels.
+            shrinkage: λ in [0, 1]. None: the one of a fixed list that is best in the mean of five parts of ``images``,
+                each judged by the fit to the other four. Parts are contiguous, so that images which follow each other
+                and are alike give no wrong impression. Fewer than 10 images take 1, independent pixels.
 
         Raises:
             ValueError: there are no images, or λ is outside [0, 1].
@@ -58,8 +58,9 @@ class FullGaussian:
             raise ValueError("FullGaussian.fit: there are no images.")
         if shrinkage is not None and not 0 <= shrinkage <= 1:
             raise ValueError(f"FullGaussian.fit: shrinkage must be in [0, 1], got {shrinkage}.")
-        bounds = torch.linspace(0, len(images), _FOLDS + 1).round().int().tolist()
-        folds = [_Moments.of(images, range(start, stop), bits) for start, stop in zip(bounds, bounds[1:]) if stop > start]
+        bounds = [len(images) * fold // _FOLDS for fold in range(_FOLDS + 1)]
+        ranges = [range(start, stop) for start, stop in zip(bounds, bounds[1:]) if stop > start]
+        folds = [_Moments.of(images, part, bits) for part in ranges]
         everything = reduce(add, folds)
         if shrinkage is None:
             shrinkage = _best_shrinkage(folds, everything) if len(images) >= 2 * _FOLDS else 1.0

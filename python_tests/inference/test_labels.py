@@ -12,8 +12,8 @@ from torch import Tensor
 
 from hflow_fast.data import from_uint8, to_uint8
 from hflow_fast.errors import ConfigError
-from hflow_fast.inference import (LatentFiles, decode_to_folder, draw_latents, draw_samples, encode_to_file, interpolate,
-                                  latents_of, reconstruct, save_png, studies, write_samples)
+from hflow_fast.inference import (LatentFiles, decode_to_folder, draw_latents, draw_samples, encode_to_file,
+                                  interpolate, latents_of, reconstruct, save_png, studies, write_samples)
 from hflow_fast.inference.images import read_png
 from hflow_fast.inference.labels import class_number
 from hflow_fast.models import Glow, HFlow
