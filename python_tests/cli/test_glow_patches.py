@@ -58,6 +58,7 @@ def test_comparison(patches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
                     ) -> None:
     dataset = create_dataset(patches, tmp_path / "data", 8)
     bench = load("benchmarks/glow_patches.py")
+    monkeypatch.setattr(bench, "MODEL", bench.MODEL | {"STEPS": 1, "WIDTH": 4})
     page, results = tmp_path / "page.md", tmp_path / "results.csv"
     page.write_text(f"before\n{bench.MARKS[0]}\nold\n{bench.MARKS[1]}\nafter\n")
     arguments = ["glow_patches", str(dataset.path), "--steps", "2", "--draws", "1", "--results", str(results)]
