@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from hflow_fast.data import from_uint8, to_uint8
+from hflow_fast.data import ImageDataset, create_dataset, from_uint8, to_uint8
 from hflow_fast.errors import ConfigError
 from hflow_fast.inference import (LatentFiles, decode_to_folder, draw_latents, draw_samples, encode_to_file,
                                   interpolate, latents_of, reconstruct, save_png, studies, write_samples)
 from hflow_fast.inference.images import read_png
 from hflow_fast.inference.labels import class_number
+from hflow_fast.metrics import FeatureExtractor, fid_of_model
 from hflow_fast.models import Glow, HFlow
 
 
@@ -140,6 +141,60 @@ def test_latents_on_disk_keep_their_class(conditional: Glow, images: Tensor, tmp
     decode_to_folder(conditional, out, tmp_path / "other", label=0)
     other = torch.stack([read_png(path) for path in sorted((tmp_path / "other").iterdir())])
     assert (other.int() - decode(conditional, latents_of(conditional, images, 2), [0] * 5).int()).abs().max() <= 1
+
+
+def dataset_of(images: Tensor, folder: Path) -> ImageDataset:
+    """Of two classes in turn."""
+    for number, image in enumerate(images):
+        (folder / "source" / f"class {number % 2}").mkdir(parents=True, exist_ok=True)
+        save_png(image, folder / "source" / f"class {number % 2}" / f"{number}.png")
+    return create_dataset(folder / "source", folder / "data", 16, labels="folders", held_out=0.3)
+
+
+def test_each_image_of_a_dataset_has_its_own_class(conditional: Glow, model: HFlow, images: Tensor, tmp_path: Path) -> None:
+    data, out = dataset_of(images, tmp_path), tmp_path / "latents.safetensors"
+    names, labels = data.train.names + data.held_out.names, torch.cat([data.train.labels, data.held_out.labels])
+    assert labels.unique().tolist() == [0, 1]
+    done = encode_to_file(conditional, [data.path], out, batch_size=3)
+    assert [image.name for image in done.images] == names and all(image.exact for image in done.images)
+    assert LatentFiles(out).labels().tolist() == labels.tolist()
+    own = latents_of(conditional, torch.cat([data.train[:], data.held_out[:]]), labels)
+    torch.testing.assert_close(load_file(out)["latent.2"], own[-1], rtol=1e-4, atol=1e-4)
+    decode_to_folder(conditional, out, tmp_path / "back", batch_size=2)
+    back = torch.stack([read_png(path) for path in sorted((tmp_path / "back").iterdir())])
+    assert torch.equal(back, torch.cat([data.train[:], data.held_out[:]]))
+    encode_to_file(model, [data.path], tmp_path / "of_hflow.safetensors")
+    assert LatentFiles(tmp_path / "of_hflow.safetensors").labels() is None
+
+
+class Recorder(nn.Module):
+    """Keeps the labels that it is given."""
+
+    num_classes, resolution, latent_shapes = 2, 16, [(3, 16, 16)]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.labels: list[int] = []
+
+    def latent_stds(self, std: float) -> list[float]:
+        return [std]
+
+    def decode(self, latents: list[Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
+        self.labels += labels.tolist()
+        return latents[0], torch.zeros(len(labels))
+
+
+class Means(nn.Module):
+    def forward(self, pictures: Tensor) -> Tensor:
+        return pictures.float().mean(dim=(2, 3))
+
+
+def test_samples_for_the_fid_have_the_classes_of_the_data(images: Tensor, tmp_path: Path) -> None:
+    data, recorder = dataset_of(images.repeat(2, 1, 1, 1)[:9], tmp_path), Recorder()
+    fid_of_model(recorder, data, FeatureExtractor(Means()), n=2 * len(data.train) + 1, std=0.1, batch_size=3)
+    own = data.train.labels.tolist()
+    assert recorder.labels == [*own, *own, own[0]] and len(set(own)) == 2
 
 
 def test_classes_by_name_or_number() -> None:
