@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...nn._data_init import channel_statistics
@@ -66,7 +65,8 @@ class StepAffines(Folding):
             product = (lower + identity) @ (upper + diagonal)
             matrices = product.take_along_dim(self.order[:, :, None], dim=1)
             return matrices.to(self.lower.dtype), self.log_diagonal.sum(dim=1)
-        return F.one_hot(self.order, self.order.shape[1]).to(self.bias.dtype), self.bias.new_zeros(self.bias.shape[0])
+        identity = torch.eye(self.order.shape[1], dtype=self.bias.dtype, device=self.bias.device)
+        return identity[self.order], self.bias.new_zeros(self.bias.shape[0])
 
     def fold(self) -> tuple[Tensor, Tensor, Tensor]:
         """The maps from x to z: matrices (K, C, C), biases (K, C) and log|det| per pixel (K,)."""

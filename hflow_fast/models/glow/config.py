@@ -62,7 +62,7 @@ class GlowConfig(Section):
             return source
         if isinstance(source, Mapping) and "RESOLUTION" in source:
             source = {"MODEL": "glow", "MODEL_PARAMETERS": source}
-        return cls.parse(load_config(source)["MODEL_PARAMETERS"], "MODEL_PARAMETERS")
+        return cls.parse(load_config(source, model="glow")["MODEL_PARAMETERS"], "MODEL_PARAMETERS")
 
     def to_dict(self) -> dict[str, Any]:
         """``MODEL_PARAMETERS``: JSON-ready, accepted by :meth:`load`."""
