@@ -191,12 +191,12 @@ def test_datasets_without_labels_are_as_they_were(images: Path) -> None:
 
 @pytest.mark.parametrize("damage, message", [
     (lambda path: path.unlink(), "the file is missing"),
-    (lambda path: path.write_bytes(b""), "damaged"),
-    (lambda path: path.write_bytes(path.read_bytes()[:-1]), "damaged"),
+    (lambda path: path.write_bytes(b""), "No data"),
+    (lambda path: path.write_bytes(path.read_bytes()[:-1]), "Failed to read all data"),
     (lambda path: np.save(path, np.zeros(12, np.int32)), r"int32 \(12,\), dataset.json says int64"),
     (lambda path: np.save(path, np.zeros(11, np.int64)), r"int64 \(11,\), dataset.json says int64 \(12,\)"),
     (lambda path: np.save(path, np.full(12, 3)), "classes outside the 3"),
-    (lambda path: np.save(path, np.array([{}] * 12), allow_pickle=True), "labels.npy: damaged"),
+    (lambda path: np.save(path, np.array([{}] * 12), allow_pickle=True), "Object arrays"),
 ])
 def test_damaged_labels(images: Path, damage: Any, message: str) -> None:
     dataset = make(images, "folders")

@@ -17,6 +17,7 @@ from hflow_fast.training import Adamax
 
 SHAPES = [(3,), (2, 4), (), (1, 2, 3)]
 ON_THE_HOST = {"aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero"}
+VIEWS = {"aten::view.dtype", "aten::detach"}  # which launch nothing
 
 
 def parameters(dtype: torch.dtype = torch.float64) -> list[nn.Parameter]:
@@ -124,7 +125,7 @@ class Watched(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         assert function.name().split(".")[0] not in ON_THE_HOST, function
-        self.launched += 1
+        self.launched += function.name() not in VIEWS
         return function(*args, **(kwargs or {}))
 
 
@@ -139,8 +140,8 @@ def test_a_step_reads_no_value_and_is_few_launches() -> None:
                 weight.grad = torch.randn(4)
             with Watched() as watched:
                 optimizer.step()
-        launched.append(watched.launched - count)  # a gradient's bits are a view
-    assert launched[0] == launched[1]
+        launched.append(watched.launched)
+    assert launched[0] == launched[1] < 40
 
 
 def test_a_saved_state_goes_on_exactly() -> None:
