@@ -19,7 +19,7 @@ LABELS = torch.tensor([0, 1, 2, 1])
 @torch.no_grad()
 def test_8_bit_images_survive():
     model = trained_like(RESOLUTION=16, LEVELS=3, STEPS=4).eval()
-    pixels = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    pixels = to_uint8(images(4, 16))
     x = (pixels.float() + 0.5) / 256 - 0.5
     assert torch.equal(to_uint8(model.decode(model.encode(x)[0])[0]), pixels)
 
