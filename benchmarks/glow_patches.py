@@ -148,7 +148,8 @@ def caption(row: Row) -> str:
             f"{row['resolution']} pixels. L {row['levels']}, K {row['steps_per_level']}, width {row['width']}, "
             f"{row['coupling']}, {int(row['parameters']):,} parameters (1x1); {row['steps']} steps of "
             f"{row['batch_size']} patches, {row['seconds']} s on one core of {row['device']}. The mean's ± is the "
-            "standard deviation over seeds; the difference's is the 95 % interval over patches.")
+            "standard deviation over seeds; the difference's is the 95 % interval over patches, narrower than it should be as "
+            "far as patches of one tile are alike.")
 
 
 def write_markdown(text: str, page: Path) -> None:
