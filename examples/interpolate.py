@@ -2,7 +2,8 @@
 
     python examples/interpolate.py runs/demo first.png second.png ways.png way.gif
 
-The rows: straight through all latents; at constant distance from zero; straight through the endblock's code.
+The rows: straight through all latents; at constant distance from zero; and, of an HFlow, straight through the
+endblock's code.
 """
 
 import argparse
@@ -26,9 +27,11 @@ model, _ = load_model(arguments.checkpoint, device=device)
 
 start, end = (latents_of(model, read_image(path, model.resolution)[None])
               for path in (arguments.first, arguments.second))
-strips = [torch.cat(list(interpolate(model, start, end, 8, mode=mode, space=space)))
-          for mode, space in (("lerp", "z"), ("slerp", "z"), ("lerp", "y"))]
+ways = [("lerp", "z"), ("slerp", "z")]
+if hasattr(model, "endblock"):
+    ways.append(("lerp", "y"))
+strips = [torch.cat(list(interpolate(model, start, end, 8, mode=mode, space=space))) for mode, space in ways]
 save_png(image_grid(torch.cat(strips), columns=8), arguments.strips)
 
-frames = (image for image, in interpolate(model, start, end, arguments.frames, space="y"))
+frames = (image for image, in interpolate(model, start, end, arguments.frames, space=ways[-1][1]))
 save_video(there_and_back(frames), arguments.film, fps=12, width=128)

@@ -15,6 +15,7 @@ from .evaluate import evaluate
 from .import_ import import_command
 from .info import info
 from .interpolate import interpolate
+from .manipulate import manipulate
 from .sample import sample
 from .study import study
 from .train import train
@@ -44,5 +45,6 @@ def main() -> None:
     """Hierarchical normalizing flows: datasets, training, what a trained model is used for, timings."""
 
 
-for _command in (bench, dataset, decode, encode, evaluate, import_command, info, interpolate, sample, study, train):
+for _command in (bench, dataset, decode, encode, evaluate, import_command, info, interpolate, manipulate,
+                 sample, study, train):
     main.add_command(_command)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from .options import (batch_size_option, device_option, ema_option, new_file, precision_option, sampling_std,
-                      std_option, threads_option)
+from .options import (batch_size_option, chosen_label, device_option, ema_option, label_option, new_file,
+                      precision_option, sampling_std, std_option, threads_option)
 
 __all__ = ["interpolate"]
 
@@ -25,8 +25,9 @@ __all__ = ["interpolate"]
 @click.option("--loop", is_flag=True, help="Go there and back.")
 @click.option("--mode", type=click.Choice(["lerp", "slerp"]), default="lerp", help="Straight, or at constant distance "
               "from zero.")
-@click.option("--space", type=click.Choice(["z", "y"]), default="z", help="Mix all latents, or the endblock's code "
-              "instead of its latent.")
+@click.option("--space", type=click.Choice(["z", "y"]), default="z", help="Mix all latents; or, of an HFlow, the "
+              "endblock's code instead of its latent.")
+@label_option
 @ema_option
 @batch_size_option
 @device_option
@@ -34,8 +35,8 @@ __all__ = ["interpolate"]
 @threads_option
 def interpolate(
     checkpoint: Path, images: tuple[Path, ...], out: Path, seeds: tuple[int, int] | None,
-    std: float | tuple[float, ...] | None, frames: int, fps: float, loop: bool, mode: str, space: str, ema: bool,
-    batch_size: int, device: str, precision: str | None,
+    std: float | tuple[float, ...] | None, frames: int, fps: float, loop: bool, mode: str, space: str,
+    class_name: str | None, ema: bool, batch_size: int, device: str, precision: str | None,
 ) -> None:
     """Go from one image to another through a model's latents.
 
@@ -60,12 +61,17 @@ def interpolate(
     if not as_strip:
         inference.check_video_path(out)
     model, config = load_model(checkpoint, average=ema, device=device, precision=precision)
+    label = chosen_label(model, config, class_name)
+    if space == "y" and not hasattr(model, "endblock"):
+        raise click.BadParameter("this model has no endblock, whose code y is; leave it out.", param_hint="--space")
     if seeds is None:
-        ends = [inference.latents_of(model, inference.read_image(path, model.resolution)[None]) for path in images]
+        ends = [inference.latents_of(model, inference.read_image(path, model.resolution)[None], label)
+                for path in images]
     else:
         std = sampling_std(model, config, std)
         ends = [inference.draw_latents(model, [0], std=std, seed=seed) for seed in seeds]
-    drawn = inference.interpolate(model, *ends, frames, mode=mode, space=space, batch_size=batch_size)
+    drawn = inference.interpolate(model, *ends, frames, mode=mode, space=space, batch_size=batch_size,
+                                  labels=label)
     pictures = (image for image, in tqdm(drawn, total=frames, unit=" frames", disable=None))
     if loop:
         pictures = inference.there_and_back(pictures)

@@ -11,8 +11,8 @@ import click
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["batch_size_option", "device_option", "ema_option", "new_file", "precision_option", "sampling_std",
-           "seed_option", "std_option", "threads_option"]
+__all__ = ["batch_size_option", "chosen_label", "class_names", "device_option", "ema_option", "label_option",
+           "new_file", "pixel_bits", "precision_option", "sampling_std", "seed_option", "std_option", "threads_option"]
 
 
 def _device(context: click.Context, parameter: click.Parameter, value: str) -> str:
@@ -95,8 +95,8 @@ class _Std(click.ParamType):
 def std_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """``--std``, given to the command as a number, several, or None; see :func:`sampling_std`."""
     return click.option("--std", type=_Std(), help="Standard deviation of the latents: smaller is cleaner, larger more "
-                        "varied. Or one per level, finest first: 0.5,0.7,0.8; a last one more is the endblock's, else "
-                        "1.  [default: SAMPLE_BASE_SIGMA of the configuration]")(command)
+                        "varied. Or one per level, finest first: 0.5,0.7,0.8. Of an HFlow, a last one more is the "
+                        "endblock's, else 1.  [default: SAMPLE_BASE_SIGMA of the configuration]")(command)
 
 
 def sampling_std(
@@ -116,6 +116,54 @@ def sampling_std(
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--std") from None
     return std
+
+
+def label_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """``--label``, given to the command as ``class_name``; see :func:`chosen_label`."""
+    return click.option("--label", "class_name", metavar="CLASS",
+                        help="Of a class-conditional model: the class, by name or number.")(command)
+
+
+def class_names(config: Mapping[str, Any]) -> list[str]:
+    """Names of the classes of a class-conditional model, as far as its configuration has them."""
+    return config.get("GENERAL", {}).get("CLASS_NAMES") or []
+
+
+def chosen_label(
+    model: nn.Module, config: Mapping[str, Any], class_name: str | None, *, required: bool = True
+) -> int | None:
+    """The number of the class that ``--label`` says; None for a model without classes.
+
+    Args:
+        model: class-conditional if it has ``num_classes`` above 0.
+        config: of the model.
+        class_name: what was given.
+        required: whether a class-conditional model has to be given one.
+
+    Raises:
+        click.BadParameter: there is no such class, or it is missing; the text lists the classes.
+    """
+    from ..data.classes import number_of_classes
+    from ..errors import ConfigError
+    from ..inference.labels import class_number, listed
+
+    classes, names = number_of_classes(model), class_names(config)
+    if class_name is None:
+        if classes and required:
+            raise click.BadParameter(f"the model is class-conditional, so a class is needed; {listed(classes, names)}.",
+                                     param_hint="--label")
+        return None
+    if not classes:
+        raise click.BadParameter("this model has no classes; leave it out.", param_hint="--label")
+    try:
+        return class_number(class_name, classes, names)
+    except ConfigError as error:
+        raise click.BadParameter(str(error), param_hint="--label") from None
+
+
+def pixel_bits(config: Mapping[str, Any]) -> int:
+    """How many bits of a pixel's value a model was trained on."""
+    return config.get("GENERAL", {}).get("DISCRETIZATION_BITS", 8)
 
 
 def new_file(context: click.Context, parameter: click.Parameter, value: Path) -> Path:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
-from .options import (batch_size_option, device_option, ema_option, precision_option, sampling_std, seed_option,
-                      std_option, threads_option)
+from .options import (batch_size_option, chosen_label, device_option, ema_option, pixel_bits, precision_option,
+                      sampling_std, seed_option, std_option, threads_option)
 
 __all__ = ["sample"]
 
@@ -20,14 +20,16 @@ __all__ = ["sample"]
               help="Number of images. Under torchrun, which takes --n for its own, --count.")
 @std_option
 @seed_option
+@click.option("--label", "words", multiple=True, metavar="CLASS", help="Of a class-conditional model: the class, by "
+              "name or number. Given several times, the images take the classes in turn.")
 @ema_option
 @batch_size_option
 @device_option
 @precision_option
 @threads_option
 def sample(
-    checkpoint: Path, directory: Path, count: int, std: float | tuple[float, ...] | None, seed: int, ema: bool,
-    batch_size: int, device: str, precision: str | None,
+    checkpoint: Path, directory: Path, count: int, std: float | tuple[float, ...] | None, seed: int,
+    words: tuple[str, ...], ema: bool, batch_size: int, device: str, precision: str | None,
 ) -> None:
     """Draw images from a trained model.
 
@@ -42,7 +44,9 @@ def sample(
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     model, config = load_model(checkpoint, average=ema, device=device, precision=precision)
     std = sampling_std(model, config, std)
-    drawn = write_samples(model, directory, count, std=std, seed=seed, batch_size=batch_size, rank=rank,
+    labels = [chosen_label(model, config, word) for word in words or (None,)]
+    drawn = write_samples(model, directory, count, std=std, seed=seed, batch_size=batch_size,
+                          labels=None if None in labels else labels, bits=pixel_bits(config), rank=rank,
                           world_size=world_size, progress=rank == 0)
     by = f" by process {rank} of {world_size}" if world_size > 1 else ""
     values = ",".join(f"{value:g}" for value in (std if isinstance(std, tuple) else (std,)))

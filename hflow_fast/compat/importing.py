@@ -79,7 +79,7 @@ def import_file(
 
 def _from_original(path: Path, config: Any) -> Imported:
     found = read_original(path)
-    settings = load_config(config) if config is not None else found.settings
+    settings = load_config(config, model="hflow") if config is not None else found.settings
     if settings is None:
         raise CheckpointError(f"{path}: holds no settings, as files of early versions; give them with --config.")
     return _build(path, settings, found.weights, found)
@@ -97,7 +97,7 @@ def _from_state_dict(path: Path, config: Any) -> Imported:
         weights = load_file(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: damaged or not a safetensors file ({error}).") from error
-    return _build(path, load_config(config), weights, None)
+    return _build(path, load_config(config, model="hflow"), weights, None)
 
 
 def _build(path: Path, settings: dict[str, Any], weights: dict[str, Tensor], found: OriginalFile | None) -> Imported:

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_map
 
 from .._replay import Replay, cuda_recorder
 
-__all__ = ["replayed"]
+__all__ = ["replayed", "replayed_decoder"]
 
 
 def replayed(model: nn.Module, function: Callable[..., Any],
@@ -42,3 +42,11 @@ def replayed(model: nn.Module, function: Callable[..., Any],
         return tree_map(Tensor.clone, result) if replay.is_recorded else result
 
     return call
+
+
+def replayed_decoder(
+    model: nn.Module, finish: Callable[[Tensor], Tensor] = lambda x: x
+) -> Callable[..., Tensor]:
+    """``finish`` of the images of latents and, for a class-conditional model, labels behind them, each an argument."""
+    levels = len(model.latent_shapes)
+    return replayed(model, lambda *inputs: finish(model.decode(inputs[:levels], *inputs[levels:])[0]))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from .._files import replacing
 
-__all__ = ["enlarge", "image_grid", "read_png", "save_png"]
+__all__ = ["enlarge", "image_grid", "read_png", "safe_name", "safe_stem", "save_png"]
 
 _SMALLEST_TILE = 96  # pixels; small images are hard to look at on a screen
 
@@ -63,3 +65,13 @@ def read_png(path: str | os.PathLike[str]) -> Tensor:
     """
     with Image.open(path) as picture:
         return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
+
+
+def safe_name(text: str) -> str:
+    """Text of anyone's as part of a file's name."""
+    return re.sub(r"[^\w.-]", "_", text)[:100]
+
+
+def safe_stem(name: str) -> str:
+    """A file's name without folders and suffix, as part of a new one."""
+    return safe_name(Path(name).stem)

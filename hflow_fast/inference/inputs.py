@@ -28,13 +28,16 @@ class ImageSet:
     def __init__(self) -> None:
         self.names: list[str] = []
         """Of every image, also of files that may turn out not to be one."""
+        self.labels: list[int | None] = []
+        """The class of every image, where a dataset says it."""
         self.skipped: list[tuple[str, str]] = []
         """Names of the files passed over so far, and why."""
         self._read: list[Callable[[], Tensor]] = []
 
-    def add(self, name: str, read: Callable[[], Tensor]) -> None:
+    def add(self, name: str, read: Callable[[], Tensor], label: int | None = None) -> None:
         """One more image (3, R, R), uint8."""
         self.names.append(name)
+        self.labels.append(label)
         self._read.append(read)
 
     def __len__(self) -> int:
@@ -46,6 +49,11 @@ class ImageSet:
         Raises:
             DatasetError: an image that was asked for by its own name cannot be read.
         """
+        for found, images in self.numbered_batches(positions, batch_size):
+            yield [self.names[position] for position in found], images
+
+    def numbered_batches(self, positions: range, batch_size: int) -> Iterator[tuple[list[int], Tensor]]:
+        """As :meth:`batches`, with positions instead of names."""
         for start in range(0, len(positions), batch_size):
             batch = {}
             for position in positions[start:start + batch_size]:
@@ -54,7 +62,7 @@ class ImageSet:
                 except _Skipped as reason:
                     self.skipped.append((self.names[position], str(reason)))
             if batch:
-                yield [self.names[position] for position in batch], torch.stack(list(batch.values()))
+                yield list(batch), torch.stack(list(batch.values()))
 
 
 def read_image(path: str | os.PathLike[str], resolution: int) -> Tensor:
@@ -124,8 +132,9 @@ def _add_dataset(images: ImageSet, path: Path, resolution: int, part: Part) -> N
                            f"make a dataset with --resolution {resolution}, or give the images themselves.")
     parts = {"all": [dataset.train, dataset.held_out], "train": [dataset.train], "held-out": [dataset.held_out]}
     for chosen in parts[part]:
-        for index, name in enumerate(chosen.names):
-            images.add(name, partial(chosen.__getitem__, index))
+        classes = chosen.labels.tolist() if dataset.classes else [None] * len(chosen)
+        for index, (name, label) in enumerate(zip(chosen.names, classes)):
+            images.add(name, partial(chosen.__getitem__, index), label)
 
 
 def _read_or_skip(file: SourceFile, resolution: int) -> Tensor:

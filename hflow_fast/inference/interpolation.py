@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data import from_uint8, to_uint8
+from .labels import Labels, label_tensors
 
 __all__ = ["Mode", "Space", "interpolate", "latents_of", "mix", "there_and_back"]
 
@@ -18,9 +19,16 @@ _SMALLEST_SINE = 1e-4
 
 
 @torch.no_grad()
-def latents_of(model: nn.Module, images: Tensor) -> list[Tensor]:
-    """The latents of 8-bit images (N, 3, R, R), each pixel taken in the middle of what its value stands for."""
-    return model.encode(from_uint8(images).to(next(model.parameters())))[0]
+def latents_of(model: nn.Module, images: Tensor, labels: Labels = None) -> list[Tensor]:
+    """The latents of 8-bit images (N, 3, R, R), each pixel taken in the middle of what its value stands for.
+
+    Args:
+        model: a flow, such as an HFlow or a Glow.
+        images: (N, 3, R, R), uint8.
+        labels: for a class-conditional model: one class for all images, or one for each.
+    """
+    x = from_uint8(images).to(next(model.parameters()))
+    return model.encode(x, *label_tensors(model, labels, len(x)))[0]
 
 
 def mix(start: Sequence[Tensor], end: Sequence[Tensor], fraction: float, mode: Mode = "lerp") -> list[Tensor]:
@@ -61,11 +69,12 @@ def interpolate(
     mode: Mode = "lerp",
     space: Space = "z",
     batch_size: int = 16,
+    labels: Labels = None,
 ) -> Iterator[Tensor]:
     """Images on the way from ``start`` to ``end``, at equal steps; the first and last are those of the ends.
 
     Args:
-        model: a hierarchical model.
+        model: a flow, such as an HFlow or a Glow.
         start, end: latents of B images each, as ``model.encode`` and :func:`~hflow_fast.inference.draw_latents`
             give them.
         frames: how many, at least 2.
@@ -73,6 +82,8 @@ def interpolate(
         space: "z" mixes all latents; "y" takes the code that the endblock makes of its latent instead of the latent,
             and the finer latents as before.
         batch_size: images at a time; ``frames`` may be any number.
+        labels: for a class-conditional model: one class for all, or one for each of the B, under which the ends were
+            encoded.
 
     Yields:
         (B, 3, R, R), uint8, on the CPU.
@@ -89,13 +100,15 @@ def interpolate(
         if endblock is None:
             raise ValueError(f'interpolate: {type(model).__name__} has no endblock; use space "z".')
         start, end = ([*latents[:-1], endblock.decode(latents[-1])[0]] for latents in (start, end))
+    classes = label_tensors(model, labels, len(start[0]))
     together = max(1, batch_size // len(start[0]))
     for first in range(0, frames, together):
         steps = range(first, min(first + together, frames))
         mixed = [torch.cat(parts) for parts in zip(*(mix(start, end, step / (frames - 1), mode) for step in steps))]
         if space == "y":
             mixed[-1] = endblock.encode(mixed[-1])[0]
-        yield from to_uint8(model.decode(mixed)[0]).cpu().chunk(len(steps))
+        images, _ = model.decode(mixed, *(each.repeat(len(steps)) for each in classes))
+        yield from to_uint8(images).cpu().chunk(len(steps))
 
 
 def there_and_back(frames: Iterable[Tensor]) -> Iterator[Tensor]:

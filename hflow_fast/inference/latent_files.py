@@ -1,9 +1,10 @@
 """The files that latents are kept in.
 
-A file holds ``latent.0`` (N, C, H, W), the finest level's, ``latent.1`` … to the endblock's; ``log_det`` (N,) of the
-flows; and ``max_error`` and ``mean_error`` (N,), by which the images that the latents give differ from the originals,
-in steps of 8 bits. Its metadata say which model made it, and the images' names. What is too large for one file becomes
-several, and an index that lists them.
+A file holds ``latent.0`` (N, C, H, W), the finest level's, ``latent.1`` … to the coarsest; ``log_det`` (N,) of the
+flows; ``max_error`` and ``mean_error`` (N,), by which the images that the latents give differ from the originals, in
+steps of 8 bits; and, of a class-conditional model, ``labels`` (N,), under which they were encoded. Its metadata say
+which model made it, and the images' names. What is too large for one file becomes several, and an index that lists
+them.
 """
 
 from __future__ import annotations
@@ -11,20 +12,20 @@ from __future__ import annotations
 import json
 import os
 import re
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Iterator, Mapping, Sequence
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+import torch
 from torch import Tensor
 
 from .._files import replacing
 from ..errors import ConfigError, DatasetError
+from .tensor_files import opened_tensors, save_tensors
 
 __all__ = ["LatentFiles", "check_free", "numbered", "save_index", "save_latents"]
 
 _FORMAT = {"format": "hflow_fast latents", "version": "1"}
+_LABELS = "labels"
 
 
 class LatentFiles:
@@ -60,6 +61,22 @@ class LatentFiles:
     def __len__(self) -> int:
         return sum(map(len, self._names))
 
+    def labels(self) -> Tensor | None:
+        """The classes of a class-conditional model under which the images were encoded, (N,), int64; None of others.
+
+        Raises:
+            DatasetError: a file is damaged.
+        """
+        parts = []
+        for file, names in zip(self._files, self._names):
+            with opened_tensors(file, _damaged) as tensors:
+                if _LABELS not in tensors.keys():
+                    return None
+                parts.append(tensors.get_tensor(_LABELS))
+            if parts[-1].shape != (len(names),):
+                raise _damaged(file, f"it should hold labels of {len(names)} images")
+        return torch.cat(parts)
+
     def batches(self, batch_size: int) -> Iterator[list[Tensor]]:
         """Latents of at most ``batch_size`` images at a time, finest level first, on the CPU.
 
@@ -67,7 +84,7 @@ class LatentFiles:
             DatasetError: a file is damaged.
         """
         for file, names in zip(self._files, self._names):
-            with _opened(file) as tensors:
+            with opened_tensors(file, _damaged) as tensors:
                 keys = sorted((key for key in tensors.keys() if key.startswith("latent.")),
                               key=lambda key: int(key.removeprefix("latent.")))
                 slices = [tensors.get_slice(key) for key in keys]
@@ -78,7 +95,7 @@ class LatentFiles:
 
 
 def save_latents(
-    tensors: Mapping[str, Tensor], path: Path, identity: Mapping[str, str], names: Sequence[str]
+    tensors: Mapping[str, Tensor], path: Path, identity: dict[str, str], names: Sequence[str]
 ) -> None:
     """Writes one file.
 
@@ -91,15 +108,7 @@ def save_latents(
     Raises:
         OSError: it cannot be written.
     """
-    metadata = _FORMAT | identity | {"names": json.dumps(names)}
-    with replacing(path) as temporary:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        try:
-            save_file(dict(tensors), temporary, metadata=metadata)
-        except SafetensorError as error:
-            raise OSError(f"{path}: cannot be written ({error}).") from error
-        temporary.chmod(mode)  # safetensors makes files that nobody but their owner can read
+    save_tensors(tensors, path, _FORMAT | identity | {"names": json.dumps(names)})
 
 
 def save_index(path: Path, files: Sequence[Path]) -> None:
@@ -152,17 +161,8 @@ def _locate(path: Path) -> list[Path]:
     return files
 
 
-@contextmanager
-def _opened(file: Path) -> Iterator[Any]:
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            yield tensors
-    except (OSError, SafetensorError) as error:
-        raise _damaged(file, str(error)) from error
-
-
 def _read_metadata(file: Path) -> dict[str, Any]:
-    with _opened(file) as tensors:
+    with opened_tensors(file, _damaged) as tensors:
         metadata = tensors.metadata() or {}
     if {key: metadata.get(key) for key in _FORMAT} != _FORMAT:
         raise DatasetError(f"{file}: not latents of this version of hflow_fast; give what hflow-fast encode wrote.")

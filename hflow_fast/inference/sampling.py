@@ -16,9 +16,10 @@ from tqdm import tqdm
 
 from ..data import to_uint8
 from ..errors import ConfigError
-from .graphs import replayed
+from .graphs import replayed_decoder
 from .identity import model_fingerprint
 from .images import image_grid, read_png, save_png
+from .labels import Labels, in_turn, label_tensors
 
 __all__ = ["draw_latents", "draw_samples", "write_samples"]
 
@@ -59,7 +60,8 @@ def draw_latents(model: nn.Module, indices: Iterable[int], *, std: Std, seed: in
 
 @torch.no_grad()
 def draw_samples(
-    model: nn.Module, samples: int | Sequence[int], *, std: Std, seed: int, batch_size: int = 16
+    model: nn.Module, samples: int | Sequence[int], *, std: Std, seed: int, batch_size: int = 16, labels: Labels = None,
+    bits: int = 8,
 ) -> Tensor:
     """Samples of the model, (N, 3, R, R), uint8, on the CPU.
 
@@ -67,21 +69,34 @@ def draw_samples(
     state is left alone.
 
     Args:
-        model: a hierarchical model.
+        model: a flow, such as an HFlow or a Glow.
         samples: how many, or which ones; N is short for ``range(N)``.
         std, seed: as :func:`draw_latents` takes them.
         batch_size: images at a time.
+        labels: for a class-conditional model: the samples' class, or several that they take in turn, sample i the class
+            ``labels[i mod len(labels)]``.
+        bits: of the pixel values, 1 to 8: the low 8 − bits, of which a model of fewer bits knows nothing, become 0.
     """
     indices = range(samples) if isinstance(samples, int) else samples
     batches = [indices[start:start + batch_size] for start in range(0, len(indices), batch_size)]
-    decode = _decoder(model)
-    images = [decode(*draw_latents(model, batch, std=std, seed=seed)).cpu() for batch in batches]
+    draw = _drawing(model, std, seed, labels, bits)
+    images = [draw(batch).cpu() for batch in batches]
     return torch.cat([torch.empty(0, 3, model.resolution, model.resolution, dtype=torch.uint8), *images])
 
 
-def _decoder(model: nn.Module) -> Callable[..., Tensor]:
-    """Latents, each an argument, → 8-bit images on the device."""
-    return replayed(model, lambda *latents: to_uint8(model.decode(latents)[0]))
+def _drawing(model: nn.Module, std: Std, seed: int, labels: Labels, bits: int) -> Callable[[Sequence[int]], Tensor]:
+    """Numbers of samples → their 8-bit images, on the device."""
+    if not 1 <= bits <= 8:
+        raise ValueError(f"draw_samples: bits must be 1 to 8, got {bits}.")
+    in_turn(labels, [0])  # there is one, and all are the model's: said before anything is drawn
+    label_tensors(model, labels, 1 if labels is None or isinstance(labels, int) else len(labels))
+    decode, dropped = replayed_decoder(model, to_uint8), 8 - bits
+
+    def draw(indices: Sequence[int]) -> Tensor:
+        classes = label_tensors(model, in_turn(labels, indices), len(indices))
+        return decode(*draw_latents(model, indices, std=std, seed=seed), *classes) >> dropped << dropped
+
+    return draw
 
 
 @torch.no_grad()
@@ -93,6 +108,8 @@ def write_samples(
     std: Std,
     seed: int,
     batch_size: int = 16,
+    labels: Labels = None,
+    bits: int = 8,
     rank: int = 0,
     world_size: int = 1,
     progress: bool = False,
@@ -107,11 +124,12 @@ def write_samples(
     contiguous part of the indices; the first also draws the grid.
 
     Args:
-        model: a hierarchical model.
-        directory: a new or empty folder, or one that has samples of the same model, std and seed.
+        model: a flow, such as an HFlow or a Glow.
+        directory: a new or empty folder, or one that has samples of the same model and settings.
         count: number of images.
         std, seed: as :func:`draw_latents` takes them.
         batch_size: images at a time.
+        labels, bits: as :func:`draw_samples` takes them.
         rank, world_size: which process this is, from 0, and how many there are.
         progress: show a bar when the standard error is a terminal.
 
@@ -123,10 +141,11 @@ def write_samples(
         OSError: a file cannot be written; those before it are there.
     """
     directory = Path(directory)
-    _claim(directory, {"model": model_fingerprint(model), "std": model.latent_stds(std), "seed": seed})
+    settings: dict[str, Any] = {"std": std, "seed": seed, "labels": labels, "bits": bits}
+    draw = _drawing(model, **settings)
+    _claim(directory, _record(model, **settings))
     share = range(count * rank // world_size, count * (rank + 1) // world_size)
     missing = [index for index in share if not _path(directory, index).exists()]
-    decode = _decoder(model)
     with (
         ThreadPoolExecutor(_PNG_THREADS) as pool,
         tqdm(total=len(share), initial=len(share) - len(missing), unit=" images",
@@ -135,14 +154,24 @@ def write_samples(
         writing: list[Future[None]] = []
         for start in range(0, len(missing), batch_size):
             batch = missing[start:start + batch_size]
-            images = decode(*draw_latents(model, batch, std=std, seed=seed)).cpu()
+            images = draw(batch).cpu()
             _finish(writing)  # the files of the batch before were written while this one was drawn
             writing = [pool.submit(save_png, image, _path(directory, index)) for image, index in zip(images, batch)]
             bar.update(len(batch))
         _finish(writing)
     if rank == 0:
-        _write_grid(model, directory, min(count, _IN_GRID), std=std, seed=seed, batch_size=batch_size)
+        _write_grid(model, directory, min(count, _IN_GRID), batch_size=batch_size, **settings)
     return len(missing)
+
+
+def _record(model: nn.Module, std: Std, seed: int, labels: Labels, bits: int) -> dict[str, Any]:
+    """What decides the images."""
+    record = {"model": model_fingerprint(model), "std": model.latent_stds(std), "seed": seed}
+    if labels is not None:
+        record["labels"] = [labels] if isinstance(labels, int) else list(map(int, labels))
+    if bits < 8:
+        record["bits"] = bits
+    return record
 
 
 def _write_grid(model: nn.Module, directory: Path, count: int, **settings: Any) -> None:
@@ -190,7 +219,8 @@ def _claim(directory: Path, settings: dict[str, Any]) -> None:
 def _differences(file: Path, settings: dict[str, Any]) -> str:
     try:
         found = json.loads(file.read_text())
-        return ", ".join("another model's" if key == "model" else f"{key} {found[key]} instead of {value}"
-                         for key, value in settings.items() if found[key] != value)
-    except (ValueError, LookupError, TypeError):
+        pairs = {key: (found.get(key), settings.get(key)) for key in settings | found}
+        return ", ".join("another model's" if key == "model" else f"{key} {theirs} instead of {ours}"
+                         for key, (theirs, ours) in pairs.items() if theirs != ours)
+    except (ValueError, TypeError, AttributeError):
         return f"{file.name} is damaged"

@@ -7,6 +7,7 @@ from .bits_per_dim import bits_per_dim
 from .extractor import FeatureExtractor
 from .feature_cache import default_cache
 from .fid import Fid, fid_of_images, fid_of_model
+from .full_gaussian import FullGaussian
 from .likelihood import Bounds, Estimate, evaluation_indices
 from .running_mean import RunningMean
 
@@ -15,6 +16,7 @@ __all__ = [
     "Estimate",
     "FeatureExtractor",
     "Fid",
+    "FullGaussian",
     "PixelGaussian",
     "RunningMean",
     "bits_per_dim",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data import ImageDataset
+from ..data.classes import class_labels
 from ..errors import ConfigError, DatasetError
 from ..inference import draw_samples
 from .extractor import FeatureExtractor
@@ -60,7 +61,8 @@ def fid_of_model(
         model: with ``sample`` and ``resolution``, in evaluation mode.
         dataset: of the model's resolution; its 8-bit images are taken as they are, without flips or noise.
         extractor: of the features. The FID of the literature wants StyleGAN's Inception.
-        n: number of samples; of the dataset as many, a fixed random choice, or all if there are fewer.
+        n: number of samples; of the dataset as many, a fixed random choice, or all if there are fewer. Samples of a
+            class-conditional model have the classes of these images, in turn.
         std, seed: of the samples, as :func:`hflow_fast.inference.draw_samples` takes them.
         split: the part of the dataset to compare with.
         batch_size: images per pass of the model and of the extractor.
@@ -69,7 +71,8 @@ def fid_of_model(
         progress: told the number of images after each batch: of the dataset, unless they were kept, then samples.
 
     Raises:
-        DatasetError: the split is empty, or of another resolution than the model.
+        DatasetError: the split is empty, or of another resolution than the model; or the model is class-conditional,
+            and the images have no classes or others.
         CheckpointError: the extractor does not take the images.
         ConfigError: fewer than two samples, or torchmetrics is not installed.
     """
@@ -80,6 +83,7 @@ def fid_of_model(
                            f"makes {model.resolution} × {model.resolution}; make a dataset of that resolution.")
     images = dataset.train if split == "train" else dataset.held_out
     indices = evaluation_indices(len(images), n)
+    labels = class_labels(model, images)
     kept = FeatureCache(cache) if cache is not None and extractor.key is not None else None
     origin = {"dataset": dataset.fingerprint, "extractor": extractor.key or "", "split": split,
               "images": hashlib.sha256(indices.numpy()).hexdigest()}
@@ -92,7 +96,8 @@ def fid_of_model(
         real = _sums(batches, extractor, progress)
         if kept:
             kept.write(origin, real)
-    samples = (draw_samples(model, batch, std=std, seed=seed, batch_size=batch_size)
+    samples = (draw_samples(model, batch, std=std, seed=seed, batch_size=batch_size,
+                            labels=None if labels is None else labels[indices])
                for batch in (range(n)[start:start + batch_size] for start in range(0, n, batch_size)))
     return _distance(real, _sums(samples, extractor, progress))
 

@@ -44,6 +44,15 @@ def test_interpolate(example, run: Path, tmp_path: Path) -> None:
         assert film.n_frames == 6 and film.size == (128, 128)
 
 
+def test_manipulate(example, run: Path, tmp_path: Path) -> None:
+    for name, colours in (("red", ("red", "darkred")), ("blue", ("blue", "navy"))):
+        (tmp_path / name).mkdir()
+        for number, colour in enumerate(colours):
+            Image.new("RGB", (20, 20), colour).save(tmp_path / name / f"{number}.png")
+    example("manipulate", run, tmp_path / "red", tmp_path / "blue", tmp_path / "blue", tmp_path / "picture.png")
+    assert size(tmp_path / "picture.png")[0] == 5 * 98 + 2
+
+
 def test_encode_decode(example, run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     example("encode_decode", run, data, tmp_path / "latents.safetensors", tmp_path / "round_trip.png")
     assert "images come back bit for bit" in capsys.readouterr().out

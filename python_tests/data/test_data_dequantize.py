@@ -89,6 +89,25 @@ def test_bad_arguments(images: torch.Tensor, options: dict[str, float], message:
         dequantize(images, **options)
 
 
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_pixels_of_fewer_bits(bits: int, generator: torch.Generator):
+    """As Glow's: ⌊v / 2⁸⁻ⁿ⌋ on the way in, ⌊(x + ½)·2ⁿ⌋·2⁸⁻ⁿ, at most 2ⁿ − 1 steps, on the way out."""
+    kept = (ALL_VALUES.double() / 2 ** (8 - bits)).floor()
+    x = from_uint8(ALL_VALUES, bits)
+    assert torch.equal(x.double(), (kept + 0.5) / 2**bits - 0.5)
+    for values in (x, dequantize(many(ALL_VALUES, 50), bits=bits, generator=generator)):
+        assert torch.equal(to_uint8(values, bits).double(), (kept * 2 ** (8 - bits)).expand(values.shape))
+    outside = torch.tensor([-9.0, 0.5, 9.0, torch.nan])
+    assert to_uint8(outside, bits).tolist() == [0, 256 - 2 ** (8 - bits), 256 - 2 ** (8 - bits), 0]
+
+
+@pytest.mark.parametrize("function", [to_uint8, from_uint8])
+@pytest.mark.parametrize("bits", [0, 9])
+def test_bits_that_pixels_do_not_have(function, bits: int):
+    with pytest.raises(ValueError, match=f"{function.__name__}: bits must be 1 to 8, got {bits}"):
+        function(ALL_VALUES, bits)
+
+
 def test_middle_of_each_value():
     x = from_uint8(ALL_VALUES)
     assert x.dtype == torch.float32 and x[0] == 0.5 / 256 - 0.5 and x[255] == 0.5 - 0.5 / 256

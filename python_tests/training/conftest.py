@@ -27,6 +27,21 @@ def dataset_16(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _write_dataset(tmp_path_factory.mktemp("data"), 16)
 
 
+@pytest.fixture(scope="session")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> ImageDataset:
+    """The same of 8 × 8 pixels, in the classes bright (of the brighter half of the images) and dark."""
+    path = _write_dataset(tmp_path_factory.mktemp("data"), SIZE)
+    brightness = np.load(path / "images.npy").mean(axis=(1, 2, 3))
+    labels = (brightness < np.median(brightness)).astype(np.int64)
+    np.save(path / "labels.npy", labels)
+    manifest = json.loads((path / "dataset.json").read_text())
+    manifest["recipe"]["labels"] = "folders"
+    manifest["labels"] = {"kind": "classes", "names": ["bright", "dark"],
+                          "sha256": hashlib.sha256(labels.tobytes()).hexdigest()}
+    (path / "dataset.json").write_text(json.dumps(manifest))
+    return ImageDataset.open(path)
+
+
 def _write_dataset(path: Path, size: int) -> Path:
     random = np.random.default_rng(0)
     ramp = np.linspace(0, 100, size)[:, None, None] * np.ones((1, size, 1))

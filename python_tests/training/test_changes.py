@@ -29,6 +29,7 @@ def test_what_may_change_is_listed() -> None:
     ({"SEED": 1}, {}, "GENERAL.SEED: 0 → 1"),
     ({"SAMPLES_PER_GRAD_EVAL": 8}, {}, "GENERAL.SAMPLES_PER_GRAD_EVAL: 4 → 8"),
     ({"DISCRETIZATION_BITS": 5}, {}, "GENERAL.DISCRETIZATION_BITS: 8 → 5"),
+    ({"OPTIMIZER": "adamax"}, {}, "GENERAL.OPTIMIZER: adam → adamax"),
     ({}, {"ENDBLOCK_SETTINGS": {"LAYERS": [1]}}, "MODEL_PARAMETERS.ENDBLOCK_SETTINGS.LAYERS: None → "),
 ])
 def test_what_may_not_change_is_refused(general: dict[str, Any], model: dict[str, Any], key: str) -> None:
@@ -36,3 +37,9 @@ def test_what_may_not_change_is_refused(general: dict[str, Any], model: dict[str
         check_changes(tiny_config(), tiny_config(**general, LEARNING_RATE=1.0) | {"MODEL_PARAMETERS": model}, "runs/a")
     assert str(error.value).startswith(f"runs/a: {key}") and "start a new run" in str(error.value)
     assert "LEARNING_RATE" not in str(error.value)
+
+
+def test_the_model_cannot_be_another() -> None:
+    assert check_changes(tiny_config(), tiny_config() | {"MODEL": "hflow"}, "runs/a") == []
+    with pytest.raises(ConfigError, match="runs/a: MODEL: hflow → glow: cannot change during a run"):
+        check_changes(tiny_config(), tiny_config() | {"MODEL": "glow"}, "runs/a")

@@ -25,6 +25,10 @@ def test_reads_the_keys_of_the_original() -> None:
     ({"GRAD_CLIP": float("nan")}, ["GENERAL.GRAD_CLIP"]),
     ({"DISCRETIZATION_BITS": "eight"}, ["GENERAL.DISCRETIZATION_BITS", "'eight'"]),
     ({"STEPS": None}, ["EPOCHS", "STEPS", "HOURS"]),
+    ({"OPTIMIZER": "sgd"}, ["GENERAL.OPTIMIZER", "'adam' or 'adamax'", "'sgd'"]),
+    ({"WARMUP_EPOCHS": -1}, ["GENERAL.WARMUP_EPOCHS", "-1"]),
+    ({"BETA2": 1.0}, ["GENERAL.BETA2", "1.0"]),
+    ({"CLASS_NAMES": "cat"}, ["GENERAL.CLASS_NAMES", "'cat'"]),
 ])
 def test_bad_values_name_their_key(changes: dict[str, Any], words: list[str]) -> None:
     with pytest.raises(ConfigError) as error:
@@ -37,6 +41,13 @@ def test_every_missing_key_is_named() -> None:
     del config["GENERAL"]["LEARNING_RATE"], config["GENERAL"]["BATCH_SIZE"]
     with pytest.raises(ConfigError, match="GENERAL.LEARNING_RATE: missing key.*\nGENERAL.BATCH_SIZE: missing key"):
         TrainConfig.from_config(config)
+
+
+def test_what_other_models_leave_out() -> None:
+    own = {"LEARNING_RATE": 1e-3, "BATCH_SIZE": 4, "SAMPLES_PER_GRAD_EVAL": 4, "EPOCHS": 1}
+    general = TrainConfig.from_config({"MODEL": "glow", "GENERAL": own, "MODEL_PARAMETERS": {}}).general
+    assert (general.optimizer, general.warmup_epochs, general.beta2) == ("adam", 0.0, None)
+    assert general.learning_rate_encoders is general.learning_rate_decoders is general.class_names is None
 
 
 def test_unknown_and_missing_sections() -> None:

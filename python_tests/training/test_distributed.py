@@ -23,9 +23,9 @@ from hflow_fast.training import (
 )
 from hflow_fast.training import distributed
 from hflow_fast.training import session as session_module
+from hflow_fast.training.checks import check_ranks
 from hflow_fast.training.distributed import own_device
 from hflow_fast.training.evaluation import held_out_bits_per_dim
-from hflow_fast.training.trainer import check_ranks
 
 from .processes import in_processes
 from .tiny import TinyFlow, tiny_config

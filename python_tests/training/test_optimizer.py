@@ -7,9 +7,9 @@ from typing import Callable
 import pytest
 import torch
 
-from hflow_fast.training import TrainConfig
+from hflow_fast.training import Adamax, TrainConfig
 from hflow_fast.training.ema import update_average
-from hflow_fast.training.optimizer import build_optimizer, clip_and_step, learning_rates, set_epoch
+from hflow_fast.training.optimizer import build_optimizer, clip_and_step, learning_rates, restore, set_epoch
 
 from .tiny import TinyFlow, tiny_config
 
@@ -98,10 +98,12 @@ def test_gradient_is_clipped_as_a_whole() -> None:
     assert optimizer.state[parameters[0]]["exp_avg"].tolist() == pytest.approx([0.1 / 12**0.5] * 4)
 
 
+@pytest.mark.parametrize("name", ["adam", "adamax"])
 @pytest.mark.parametrize("loss, gradient", [(float("nan"), 1.0), (1.0, float("inf")), (1.0, float("nan"))])
-def test_a_step_that_is_not_finite_changes_nothing(loss: float, gradient: float) -> None:
+def test_a_step_that_is_not_finite_changes_nothing(loss: float, gradient: float, name: str) -> None:
     model = TinyFlow()
-    optimizer = build_optimizer(model.parameter_groups(), GENERAL)
+    config = TrainConfig.from_config(tiny_config(OPTIMIZER=name)).general
+    optimizer = build_optimizer(model.parameter_groups(), config)
     for value, bad in ((1.0, 1.0), (loss, gradient), (1.0, 1.0)):
         for parameter in model.parameters():
             parameter.grad = torch.ones_like(parameter)
@@ -113,7 +115,47 @@ def test_a_step_that_is_not_finite_changes_nothing(loss: float, gradient: float)
         assert bool(skipped) == same == is_bad
         if is_bad:
             torch.testing.assert_close(optimizer.state_dict()["state"], state, rtol=0, atol=0)
-    assert optimizer.state[model.decoder]["step"] == 2
+    steps = optimizer.state[model.decoder] if name == "adam" else optimizer.param_groups[2]
+    assert steps["step"] == 2
+
+
+@pytest.mark.parametrize("given, rates, decayed", [
+    ({}, (0.1, 0.1, 0.1), (0.1, 0.1, 0.1)),
+    ({"LEARNING_RATE_DECODERS": 0.2, "LEARNING_RATE_DECAY": 0.5}, (0.1, 0.1, 0.2), (0.05, 0.05, 0.1)),
+    ({"LEARNING_RATE_ENCODERS": 0.3, "LEARNING_RATE_DECAY_ENCODERS": 0.5}, (0.3, 0.1, 0.1), (0.15, 0.1, 0.1)),
+])
+def test_rates_that_are_not_given_follow_the_flows(
+    given: dict[str, float], rates: tuple[float, ...], decayed: tuple[float, ...]
+) -> None:
+    own = {"LEARNING_RATE": 0.1, "BATCH_SIZE": 1, "SAMPLES_PER_GRAD_EVAL": 1, "STEPS": 1} | given
+    config = TrainConfig.from_config({"GENERAL": own}).general
+    for epoch, expected in ((0, rates), (2, decayed)):
+        roles = dict(zip(("encoders", "flows", "decoders"), expected))
+        assert learning_rates(epoch, config) == pytest.approx(roles)
+        assert learning_rates(epoch, config, ["flows", "others"]) == pytest.approx(
+            {"flows": roles["flows"], "others": roles["flows"]})
+    assert learning_rates(1000, config)["encoders"] > 0
+
+
+def test_a_rate_of_zero_by_warm_up_freezes_nothing() -> None:
+    model = TinyFlow()
+    optimizer = build_optimizer(model.parameter_groups(), GENERAL)
+    assert set(set_epoch(optimizer, 60, GENERAL, warm_up=0.0).values()) == {0.0}
+    assert model.decoder.requires_grad and model.log_scale.requires_grad and not model.encoder.requires_grad
+    assert set_epoch(optimizer, 0, GENERAL, warm_up=0.25)["flows"] == FLOW / 4 == float(optimizer.param_groups[1]["lr"])
+
+
+@pytest.mark.parametrize("name, kind, beta2", [("adam", torch.optim.Adam, 0.999), ("adamax", Adamax, 0.98)])
+def test_the_configuration_chooses_the_optimizer(name: str, kind: type, beta2: float) -> None:
+    """Glow's second decay is that of an epoch's steps; what the configuration says counts for a resumed run, too."""
+    model = TinyFlow()
+    config = TrainConfig.from_config(tiny_config(OPTIMIZER=name)).general
+    optimizer = build_optimizer(model.parameter_groups(), config, steps_per_epoch=50)
+    assert type(optimizer) is kind
+    assert [group["betas"] for group in optimizer.param_groups] == [(0.9, beta2)] * 3
+    other = TrainConfig.from_config(tiny_config(OPTIMIZER=name, BETA2=0.5)).general
+    restore(optimizer, optimizer.state_dict(), other, 50)
+    assert [group["betas"] for group in optimizer.param_groups] == [(0.9, 0.5)] * 3
 
 
 def test_moving_average() -> None:

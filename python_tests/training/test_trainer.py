@@ -11,7 +11,7 @@ import torch
 from hflow_fast.data import ImageDataset
 from hflow_fast.errors import ConfigError, DatasetError
 from hflow_fast.training import TrainConfig, Trainer, optimizer
-from hflow_fast.training.trainer import check_dataset
+from hflow_fast.training.checks import check_dataset
 
 from .tiny import tiny_config
 
@@ -22,9 +22,11 @@ def states(trainer: Trainer) -> list[torch.Tensor]:
     return [*trainer.model.state_dict().values(), *trainer.average.state_dict().values()]
 
 
-def test_resume_is_exact(tmp_path: Path, make_trainer: MakeTrainer) -> None:
-    """Losses and weights to the bit, across an epoch's end, a decay, and noise in data and model."""
-    schedule = {"noise": 0.1, "LEARNING_RATE_DECAY_START": 0, "LEARNING_RATE_CUT_ENCODERS": 1}
+@pytest.mark.parametrize("optimizer", ["adam", "adamax"])
+def test_resume_is_exact(tmp_path: Path, make_trainer: MakeTrainer, optimizer: str) -> None:
+    """Losses and weights to the bit, across an epoch's end, a warm-up, a decay, and noise in data and model."""
+    schedule = {"noise": 0.1, "LEARNING_RATE_DECAY_START": 0, "LEARNING_RATE_CUT_ENCODERS": 1, "OPTIMIZER": optimizer,
+                "WARMUP_EPOCHS": 2}
     whole = make_trainer(tmp_path / "whole", **schedule)
     whole.initialize()
     expected = [whole.step().loss for _ in range(9)]
@@ -104,6 +106,19 @@ def test_average_follows_exactly_in_epoch_0_and_slowly_later(tmp_path: Path, mak
     assert not torch.equal(trainer.average.decoder, before)
 
 
+def test_rates_warm_up_by_the_images_seen(tmp_path: Path, make_trainer: MakeTrainer) -> None:  # 12 images, 4 a step
+    trainer = make_trainer(tmp_path / "run", WARMUP_EPOCHS=1.5)
+    factors = [0, 4 / 18, 8 / 18, 12 / 18, 16 / 18, 1, 1]
+    assert [trainer.learning_rates(step)["flows"] for step in range(7)] == pytest.approx([5e-3 * f for f in factors])
+    before = copy.deepcopy(trainer.model.state_dict())
+    for step, factor in enumerate(factors):
+        trainer.step()
+        assert [float(group["lr"]) for group in trainer._optimizer.param_groups] == pytest.approx(
+            list(trainer.learning_rates(step).values()))
+        moved = (trainer.model.decoder - before["decoder"]).abs().max()
+        assert (moved == 0) == (step == 0) and moved < 2e-3 * sum(factors[:step + 1]) * 1.01 + 1e-12
+
+
 def test_initialization_happens_once_and_reaches_the_average(tmp_path: Path, make_trainer: MakeTrainer) -> None:
     trainer = make_trainer(tmp_path / "run")
     trainer.initialize()
@@ -123,7 +138,7 @@ def test_datasets_that_do_not_fit(dataset: ImageDataset) -> None:
         check(16)
     with pytest.raises(DatasetError, match=r"12 training images.*SAMPLES_PER_GRAD_EVAL \(14\)"):
         check(8, SAMPLES_PER_GRAD_EVAL=14)
-    with pytest.raises(ConfigError, match="RESIZE_DATA_TO is 32.*begin with 8"):
+    with pytest.raises(ConfigError, match="RESIZE_DATA_TO is 32.*images are of 8 px"):
         check(8, RESIZE_DATA_TO=32)
 
 

@@ -63,6 +63,30 @@ class TinyFlow(nn.Module):
         return self.decode([std * torch.randn(n, 3, SIZE, SIZE, generator=generator)])[0]
 
 
+class TinyClassFlow(TinyFlow):
+    """Whose shift depends on the class, by a table that its initialisation from data sets."""
+
+    def __init__(self, num_classes: int = 2, noise: float = 0.0) -> None:
+        super().__init__(noise)
+        self.num_classes = num_classes
+        self.shifts = nn.Parameter(torch.zeros(num_classes, 3, 1, 1))
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        return {"flows": list(self.parameters())}
+
+    def initialize(self, x: Tensor, labels: Tensor) -> None:
+        super().initialize(x)
+        with torch.no_grad():
+            for label in labels.unique():
+                self.shifts[label] = (x[labels == label].mean(dim=(0, 2, 3)) - self.encoder.flatten())[:, None, None]
+
+    def bound(self, x: Tensor, noise: bool = True, *, labels: Tensor) -> Bound:
+        return super().bound(x - self.shifts[labels], noise)
+
+    def loss(self, x: Tensor, noise: bool = True, *, labels: Tensor) -> Tensor:
+        return self.bound(x, noise, labels=labels).nats / (self.dims * math.log(2))
+
+
 def tiny_config(**general: Any) -> dict[str, Any]:
     """A configuration; keyword arguments override keys of GENERAL. MODEL_PARAMETERS is a placeholder."""
     defaults = {

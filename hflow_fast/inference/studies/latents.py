@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..interpolation import latents_of
+from ..labels import label_tensors
 
 __all__ = ["decode_in_batches", "encode_in_batches", "expand", "level_names"]
 
@@ -17,17 +18,19 @@ def level_names(model: nn.Module) -> list[str]:
     return ["code" if height == width == 1 else str(height) for _, height, width in model.latent_shapes]
 
 
-def encode_in_batches(model: nn.Module, images: Tensor, batch_size: int) -> list[Tensor]:
+def encode_in_batches(model: nn.Module, images: Tensor, batch_size: int, label: int | None = None) -> list[Tensor]:
     """The latents of images (N, 3, R, R), uint8, finest first, on the model's device."""
-    parts = [latents_of(model, batch) for batch in images.split(batch_size)]
+    parts = [latents_of(model, batch, label) for batch in images.split(batch_size)]
     return [torch.cat(levels) for levels in zip(*parts)]
 
 
 @torch.no_grad()
-def decode_in_batches(model: nn.Module, latents: Sequence[Tensor], batch_size: int) -> Tensor:
+def decode_in_batches(
+    model: nn.Module, latents: Sequence[Tensor], batch_size: int, label: int | None = None
+) -> Tensor:
     """The images (N, 3, R, R) of latents, on the CPU; in about [-0.5, 0.5], not clipped."""
     batches: Iterable[Sequence[Tensor]] = zip(*(latent.split(batch_size) for latent in latents))
-    return torch.cat([model.decode(batch)[0].cpu() for batch in batches])
+    return torch.cat([model.decode(batch, *label_tensors(model, label, len(batch[0])))[0].cpu() for batch in batches])
 
 
 def expand(latents: Sequence[Tensor], index: int, count: int) -> list[Tensor]:

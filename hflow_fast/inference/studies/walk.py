@@ -17,14 +17,14 @@ __all__ = ["random_walk", "walk_latents"]
 
 def random_walk(
     model: nn.Module, *, frames: int, count: int = 1, std: float | Sequence[float] = 0.8, seed: int = 0,
-    turns: int = 3, steps: float | Sequence[float] = 1.0, batch_size: int = 16,
+    turns: int = 3, steps: float | Sequence[float] = 1.0, batch_size: int = 16, label: int | None = None,
 ) -> Iterator[Tensor]:
     """The frames of a film of samples that wander and come back, one at a time: (count, 3, R, R), uint8, on the CPU.
 
-    Arguments as :func:`walk_latents` takes them.
+    Arguments as :func:`walk_latents` takes them; and the class of all samples, for a class-conditional model.
     """
     for latents in walk_latents(model, frames=frames, count=count, std=std, seed=seed, turns=turns, steps=steps):
-        yield to_uint8(decode_in_batches(model, latents, batch_size))
+        yield to_uint8(decode_in_batches(model, latents, batch_size, label))
 
 
 def walk_latents(
@@ -41,7 +41,7 @@ def walk_latents(
     straight lines between samples are not, and it has no corners.
 
     Args:
-        model: a hierarchical model.
+        model: a flow, such as an HFlow or a Glow.
         frames: F; frame f is at :math:`t = f / F`, so that the first follows the last.
         count: walks at a time.
         std, seed: of the samples, as :func:`hflow_fast.inference.draw_latents` takes them.
