@@ -14,15 +14,18 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import CheckpointError, ConfigError, DatasetError
+
+if TYPE_CHECKING:
+    from .adapters import accelerate
 
 __version__ = "0.1.0"
 __all__ = ["CheckpointError", "ConfigError", "DatasetError", "__version__", "accelerate"]
 
-_SUBMODULES = ("adapters", "compat", "configs", "data", "inference", "metrics", "models", "nn", "ops", "reference", "testing",
-               "training")
+_SUBMODULES = ("adapters", "compat", "configs", "data", "inference", "metrics", "models", "nn", "ops", "reference",
+               "testing", "training")
 
 
 def __getattr__(name: str) -> Any:
