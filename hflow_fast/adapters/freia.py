@@ -7,6 +7,7 @@ from torch import nn
 
 from .accelerate import match_exactly
 from .freia_all_in_one import AllInOneBlock
+from .freia_base import FusedLayer
 from .freia_containers import GraphINN, ReversibleGraphNet, ReversibleSequential, SequenceINN
 from .freia_couplings import (
     AffineCouplingOneSided,
@@ -63,4 +64,10 @@ def match(module: nn.Module) -> Match | None:
     if found.fast is None:
         return found
     reason = found.fast.unfit(module)
+    if not reason and type(module) in _CONTAINERS and not any(map(_runs_fused, module.module_list)):
+        reason = "none of its layers runs fused"
     return Match(None, reason) if reason else found._replace(calls=found.fast.networks(module))
+
+
+def _runs_fused(layer: nn.Module) -> bool:
+    return isinstance(layer, FusedLayer) or (type(layer) in _LAYERS and match(layer).fast is not None)

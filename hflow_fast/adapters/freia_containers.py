@@ -27,12 +27,24 @@ class _Chain:
     def append(self, layer: FusedLayer, context: Sequence[Tensor]) -> None:
         self._layers.append((layer, context))
 
-    def evaluate(self) -> tuple[Tensor, Tensor | float]:
-        """The result, and its log|det|: (B,), or 0 where nothing waits."""
-        return run(self._pieces(), self._x) if self._layers else (self._x, 0)
+    def evaluate(self, terms: list[Tensor]) -> Tensor:
+        """The result; its log|det| (B,) goes to ``terms``, if a layer waits.
+
+        Raises:
+            RuntimeError: A layer cannot be applied, as FrEIA's graphs say it.
+        """
+        if not self._layers:
+            return self._x
+        try:
+            y, log_det = run(self._pieces(), self._x)
+        except Exception as error:
+            names = " → ".join(type(layer).__name__ for layer, _ in self._layers)
+            raise RuntimeError(f"{names}: {error}") from error
+        terms.append(log_det)
+        return y
 
     def _pieces(self) -> Iterable[Piece]:
-        for likeness, layers in groupby(self._layers, lambda entry: _likeness(entry[0])):
+        for _, layers in groupby(self._layers, lambda entry: _likeness(entry[0])):
             blocks, contexts = zip(*layers)
             if isinstance(blocks[0], AllInOneBlock):
                 around = surroundings(blocks, self._inverse)
@@ -55,10 +67,12 @@ class _Container:
 
     @staticmethod
     def unfit(container: nn.Module) -> str:
+        """Why a stock ``container`` has to stay as it is; "": it need not."""
         return ""
 
     @staticmethod
     def networks(container: nn.Module) -> tuple[nn.Module, ...]:
+        """What it goes on calling."""
         return tuple(container.module_list)
 
     def fuses(self) -> bool:
@@ -74,19 +88,19 @@ class SequenceINN(_Container, stock.SequenceINN):
         if not self.fuses():
             return super().forward(x_or_z, c, rev, jac)
         layers = list(zip(self.module_list, self.conditions))
-        log_det: Tensor | float = 0
+        terms: list[Tensor] = []
         chain = _Chain(x_or_z if torch.is_tensor(x_or_z) else x_or_z[0], rev)
         for layer, condition in reversed(layers) if rev else layers:
             context = () if condition is None else (c[condition],)
             if _can_wait(layer):
                 chain.append(layer, context)
                 continue
-            x, term = chain.evaluate()
-            (y,), own = layer((x,), c=list(context), rev=rev, jac=jac) if context else layer((x,), rev=rev, jac=jac)
-            log_det = log_det + term + own
+            x = (chain.evaluate(terms),)
+            (y,), log_det = layer(x, c=list(context), rev=rev, jac=jac) if context else layer(x, rev=rev, jac=jac)
+            terms.append(log_det)
             chain = _Chain(y, rev)
-        y, term = chain.evaluate()
-        return (y,) if self.force_tuple_output else y, log_det + term
+        y = chain.evaluate(terms)
+        return (y,) if self.force_tuple_output else y, sum(terms[1:], terms[0])
 
 
 class ReversibleSequential(stock.ReversibleSequential, SequenceINN):
@@ -95,6 +109,14 @@ class ReversibleSequential(stock.ReversibleSequential, SequenceINN):
 
 class GraphINN(_Container, stock.GraphINN):
     """Layers in a graph, where those between two forks wait for one another."""
+
+    @staticmethod
+    def unfit(container: nn.Module) -> str:
+        used = [source for node in container.node_list for source in node.inputs]
+        if len(set(used)) < len(used):
+            return "an output goes to two nodes"
+        conditions = {condition for node in container.node_list for condition in node.conditions}
+        return "" if conditions <= set(container.condition_nodes) else "a condition is the output of a layer"
 
     def forward(self, x_or_z: Tensor | Sequence[Tensor], c: Tensor | Sequence[Tensor] | None = None, rev: bool = False,
                 jac: bool = True, intermediate_outputs: bool = False,
@@ -107,34 +129,30 @@ class GraphINN(_Container, stock.GraphINN):
             return super().forward(x_or_z, c, rev, jac, intermediate_outputs, x)
         given = dict(zip(self.condition_nodes, conditions))
         waiting = {(node, 0): _Chain(value, rev) for node, value in zip(starts, inputs)}
-        log_det = torch.zeros(inputs[0].shape[0]).to(inputs[0])
+        terms = [torch.zeros(inputs[0].shape[0]).to(inputs[0])]
         for node in reversed(self.node_list) if rev else self.node_list:
             if node.module is None:
                 continue
             chains = [waiting.pop(source) for source in (node.outputs if rev else node.inputs)]
             context = tuple(given[condition] for condition in node.conditions)
-            if len(chains) == 1 and _can_wait(node.module):
+            if _can_wait(node.module):
                 chains[0].append(node.module, context)
                 waiting[node, 0] = chains[0]
                 continue
-            values, terms = zip(*(chain.evaluate() for chain in chains))
-            outputs, own = self._call(node, values, context, rev, jac)
-            waiting.update(((node, index), _Chain(value, rev)) for index, value in enumerate(outputs))
+            outputs, log_det = self._call(node, tuple(chain.evaluate(terms) for chain in chains), context, rev, jac)
+            waiting.update(((node, index), _Chain(output, rev)) for index, output in enumerate(outputs))
             if jac:
-                log_det = sum((*terms, own), log_det)
-        results = []
-        for node in ends:
-            result, term = waiting[(node.outputs if rev else node.inputs)[0]].evaluate()
-            results.append(result)
-            log_det = log_det + term if jac else log_det
-        return results[0] if len(results) == 1 and not self.force_tuple_output else tuple(results), log_det
+                terms.append(log_det)
+        results = tuple(waiting[(node.outputs if rev else node.inputs)[0]].evaluate(terms) for node in ends)
+        log_det = sum(terms[1:], terms[0]) if jac else terms[0]
+        return results[0] if len(results) == 1 and not self.force_tuple_output else results, log_det
 
-    def _call(self, node: stock.Node, values: tuple[Tensor, ...], context: tuple[Tensor, ...], rev: bool,
+    def _call(self, node: stock.Node, inputs: tuple[Tensor, ...], context: tuple[Tensor, ...], rev: bool,
               jac: bool) -> tuple[Sequence[Tensor], Tensor]:
         try:
-            result = node.module(values, **({"c": context} if context else {}), rev=rev, jac=jac)
+            result = node.module(inputs, **({"c": context} if context else {}), rev=rev, jac=jac)
         except Exception as error:
-            raise RuntimeError(f"{node} failed: {error}") from error
+            raise RuntimeError(f"{node}: {error}") from error
         return self._check_output(node, result, jac, rev)
 
 
