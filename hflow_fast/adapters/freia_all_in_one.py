@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from ..nn._fusion import ChannelMap, Coupling, Opaque, Piece
 from ..ops import CouplingSpec, actnorm, conv1x1
 from ._state import cache_of
-from .freia_base import FUSED_CHANNELS, Evaluated, FusedLayer, evaluate, of_fixed, permute, with_conditions
+from .freia_base import (
+    FUSED_CHANNELS,
+    Evaluated,
+    FusedLayer,
+    codes_within,
+    evaluate,
+    of_fixed,
+    permute,
+    with_conditions,
+)
 from .freia_couplings import amplify, spec_of
 
 __all__ = ["AllInOneBlock", "surroundings"]
@@ -21,7 +30,8 @@ __all__ = ["AllInOneBlock", "surroundings"]
 Surroundings = tuple[list[Piece], list[Piece]]
 """What a block does before and behind its coupling."""
 
-_NETWORK_GAIN = 0.1  # on the network's output, FrEIA's
+_NETWORK_GAIN = 0.1  # FrEIA's, of the network's output
+_ACTIVATIONS = codes_within(stock.AllInOneBlock.__init__)  # of the global scale: functions without a name
 
 
 class AllInOneBlock(FusedLayer, stock.AllInOneBlock):
@@ -51,10 +61,10 @@ class AllInOneBlock(FusedLayer, stock.AllInOneBlock):
 
     def likeness(self) -> Hashable:
         """The same for blocks that :func:`surroundings` takes together."""
-        code = getattr(self.global_scale_activation, "__code__", None)
-        activation = code if code in stock.AllInOneBlock.__init__.__code__.co_consts else id(self)
+        code = id(getattr(self.global_scale_activation, "__code__", None))
+        scale, activation = self.global_scale, code if code in _ACTIVATIONS else id(self)
         return (self.in_channels, self.householder, self.GIN, self.reverse_pre_permute, activation,
-                self.global_scale.dtype, self.global_scale.device)
+                scale.dtype, scale.device)
 
     def fixed_parameters(self) -> tuple[Tensor, ...]:
         """What :func:`surroundings` depends on."""

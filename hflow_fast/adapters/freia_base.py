@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import CodeType
 from typing import Any, Callable, Hashable, Sequence, TypeVar
 
 import torch
@@ -12,7 +13,8 @@ from ..ops.flow_step import _MAX_FUSED_CHANNELS as FUSED_CHANNELS
 from ._state import cache_of
 
 __all__ = [
-    "FUSED_CHANNELS", "Evaluated", "FusedLayer", "calls_alone", "evaluate", "of_fixed", "permute", "with_conditions",
+    "FUSED_CHANNELS", "Evaluated", "FusedLayer", "calls_alone", "codes_within", "evaluate", "of_fixed", "permute",
+    "with_conditions",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -94,6 +96,11 @@ def with_conditions(layer: nn.Module, passive: Tensor, context: Sequence[Tensor]
 def calls_alone(layer: nn.Module) -> bool:
     """Whether ``layer`` has to be called by itself, since someone listens to its calls."""
     return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+
+
+def codes_within(function: Callable[..., Any]) -> frozenset[int]:
+    """The ids of the code of all functions that ``function`` makes."""
+    return frozenset(id(constant) for constant in function.__code__.co_consts if isinstance(constant, CodeType))
 
 
 def permute(x: Tensor, order: Tensor, back: Tensor) -> Tensor:

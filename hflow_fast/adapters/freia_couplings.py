@@ -16,13 +16,15 @@ from torch import Tensor, nn
 
 from ..nn._fusion import ChannelMap, Coupling, Opaque, Piece
 from ..ops import CouplingSpec, coupling
-from .freia_base import FUSED_CHANNELS, Evaluated, FusedLayer, evaluate, with_conditions
+from .freia_base import FUSED_CHANNELS, Evaluated, FusedLayer, codes_within, evaluate, with_conditions
 
 __all__ = [
     "AffineCouplingOneSided", "ConditionalAffineTransform", "GINCouplingBlock", "GLOWCouplingBlock",
     "NICECouplingBlock", "RNVPCouplingBlock", "active_last", "amplify", "spec_of",
 ]  # fmt: skip
 
+
+_CLAMPS = codes_within(_BaseCouplingBlock.__init__)  # functions without a name
 
 spec_of = lru_cache(CouplingSpec)
 """The one spec with these options."""
@@ -72,9 +74,8 @@ def _scale_map(block: _BaseCouplingBlock) -> tuple[str, float] | None:
     function = block.f_clamp
     if function is torch.tanh:
         return "tanh", block.clamp
-    # FrEIA's are functions without a name, made in the constructor.
     code = getattr(function, "__code__", None)
-    if code is None or code not in _BaseCouplingBlock.__init__.__code__.co_consts:
+    if id(code) not in _CLAMPS:
         return None
     return ("atan", 1.0) if "atan" in code.co_names else ("tanh", block.clamp / 2)
 
