@@ -37,7 +37,7 @@ def vectors() -> nn.Module:
     for seed in range(3):
         append(model, "GLOWCouplingBlock", clamp_activation=("ATAN", "TANH", "SIGMOID")[seed])
         append(model, "PermuteRandom", seed=seed)
-    append(model, "FixedLinearTransform", M=matrix(6), b=torch.arange(6.0))
+    append(model, "FixedLinearTransform", M=matrix(6), b=torch.arange(6.0) / 10)
     append(model, "RNVPCouplingBlock")
     append(model, "ActNorm")
     append(model, "NICECouplingBlock")
@@ -71,7 +71,7 @@ def with_unknown_layers() -> nn.Module:
     append(model, "HouseholderPerm", n_reflections=2)
     append(model, "AllInOneBlock")
     append(model, "AllInOneBlock")
-    append(model, "InvAutoAct")
+    append(model, "HouseholderPerm", n_reflections=3)
     return model
 
 
@@ -171,12 +171,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*(backward hook|now returns):De
 
 def build(name: str, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
-    model = MODELS[name][0]()
-    shape = MODELS[name][1][0]
-    for layer in model.modules():
-        if isinstance(layer, modules.ActNorm):
-            trained(layer, tuple(layer.dims_in))
-    return trained(model, shape)
+    return trained(MODELS[name][0](), 0.1)
 
 
 def inputs_of(name: str, batch: int = 3) -> tuple[list[Tensor], list[Tensor]]:
@@ -229,7 +224,8 @@ def test_without_gradients_and_log_det(name):
                     for parameter in module.parameters():
                         if round == 2 and parameter.requires_grad:
                             parameter *= 0.97
-                expected, got = (call(rev, jac=round != 1)(model, given, conditions) for model in (stock, fast))
+                jac = round != 1 or name == "unknown layers"  # of which some return None otherwise
+                expected, got = (call(rev, jac)(model, given, conditions) for model in (stock, fast))
                 torch.testing.assert_close(got, expected, rtol=2e-4, atol=2e-4)
                 given = [expected[0]] if isinstance(expected[0], Tensor) else list(expected[0])
 
@@ -307,7 +303,7 @@ def test_layers_with_hooks_are_called():
     heard = []
     blocks[0].register_forward_hook(lambda *args: heard.append("early"))
     report = accelerate(stock)
-    assert [layer.kind for layer in report.left] == ["FrEIA.AllInOneBlock"]
+    assert [layer.name for layer in report.left if layer.kind == "FrEIA.AllInOneBlock"] == ["module_list.1"]
     blocks[1].register_forward_pre_hook(lambda *args: heard.append("late"))
     stock(*inputs_of("glow")[0])
     assert heard == ["early", "late"]
@@ -327,8 +323,7 @@ def test_intermediate_outputs():
 def test_containers_with_nothing_to_fuse_stay():
     model = sequence(6)
     append(model, "InvAutoAct")
-    report = accelerate(model)
-    assert not report.replaced and report.left[0].reason == "none of its layers runs fused"
+    assert _reasons(model) == {"": "none of its layers runs fused", "module_list.0": "there is no fused layer for it"}
 
 
 def test_a_sequence_whose_log_dets_are_numbers_gives_a_number():
@@ -356,7 +351,7 @@ def test_an_output_for_two_nodes_or_a_layer_as_condition_keeps_the_graph():
 
 
 def _reasons(model: nn.Module) -> dict[str, str]:
-    return {layer.name: layer.reason for layer in accelerate(model).left}
+    return {layer.name: layer.reason for layer in accelerate(model).left if layer.kind.startswith("FrEIA.")}
 
 
 def test_errors_are_those_of_the_stock_model():
@@ -370,7 +365,7 @@ def test_errors_are_those_of_the_stock_model():
 
 
 def test_compiles():
-    fast, _ = accelerated(build("glow"))
-    inputs, _ = inputs_of("glow")
+    fast, _ = accelerated(build("older sequence"))
+    inputs, _ = inputs_of("older sequence")
     compiled = torch.compile(fast, backend="eager")
     torch.testing.assert_close(compiled(inputs[0]), fast(inputs[0]), rtol=1e-5, atol=1e-5)
