@@ -148,7 +148,7 @@ CASES = [
     Case("PermuteRandom wide", "PermuteRandom", WIDE[:1], {"seed": 3}),
     *(Case(f"{kind} {options}", kind, shape, options)
       for kind, shape in [("HaarDownsampling", (3, 4, 6)), ("HaarUpsampling", (12, 2, 3))]
-      for options in [{}, {"rebalance": 0.5}, {"order_by_wavelet": True}, {"order_by_wavelet": True, "rebalance": 1.5}]),
+      for options in [{}, {"rebalance": 0.5}, {"order_by_wavelet": True, "rebalance": 1.5}]),
     *(Case(f"{kind} legacy={legacy}", kind, shape, {"legacy_backend": legacy})
       for kind, shape in [("IRevNetDownsampling", (3, 4, 6)), ("IRevNetUpsampling", (12, 2, 3))]
       for legacy in (False, True)),

@@ -182,7 +182,8 @@ def inputs_of(name: str, batch: int = 3) -> tuple[list[Tensor], list[Tensor]]:
 
 def call(rev: bool = False, jac: bool = True) -> Callable[..., Any]:
     def evaluate(model: nn.Module, inputs: list[Tensor], conditions: list[Tensor]) -> Any:
-        outputs, log_det = model(inputs[0] if len(inputs) == 1 else tuple(inputs), c=conditions or None, rev=rev, jac=jac)
+        x_or_z = inputs[0] if len(inputs) == 1 else tuple(inputs)
+        outputs, log_det = model(x_or_z, c=conditions or None, rev=rev, jac=jac)
         for layer in model.modules():
             if getattr(layer, "householder", 0):
                 layer.w_perm = layer.w_perm_inv = None  # a graph, which cannot be copied
@@ -206,7 +207,8 @@ def test_is_the_stock_model(name, rev):
     for batch in (3, 1):
         inputs, conditions = inputs_of(name, batch)
         given = latents(stock, inputs, conditions) if rev else inputs
-        assert_same(stock, fast, given, conditions, call=call(rev), rtol=1e-5)
+        # Which of the two is nearer to float64 is chance, where rounding is amplified on the way back.
+        assert_same(stock, fast, given, conditions, call=call(rev), rtol=5e-5 if rev else 1e-5)
     given, conditions = ([value.double() for value in values] for values in (given, conditions))
     assert_same(stock.double(), fast.double(), given, conditions, call=call(rev), rtol=1e-11)
 
@@ -251,7 +253,8 @@ def test_trains_as_the_stock_model_does(name):
         torch.testing.assert_close(fast.state_dict()[key], value, rtol=1e-6, atol=1e-6)
     again = build(name, seed=1).double()
     again.load_state_dict(fast.state_dict())
-    torch.testing.assert_close(call()(again, inputs, conditions), call()(fast, inputs, conditions), rtol=1e-6, atol=1e-6)
+    expected, got = (call()(model, inputs, conditions) for model in (fast, again))
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
 
 
 @every_model

@@ -1,4 +1,4 @@
-"""FrEIA's layers that are one matrix or one scale per channel: fused by themselves, and folded into their neighbours."""
+"""FrEIA's layers that are one matrix or one scale per channel, to be folded into their neighbours."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from FrEIA import modules as stock
 from torch import Tensor, nn
 
-from ..nn._fusion import ChannelMap, Opaque, Piece
-from ..ops import actnorm, conv1x1
-from .freia_base import FUSED_CHANNELS, Evaluated, FusedLayer, of_fixed, permute
+from ...nn._fusion import ChannelMap, Opaque, Piece
+from ...ops import actnorm, conv1x1
+from .base import FUSED_CHANNELS, Evaluated, FusedLayer, of_fixed, permute
 
 __all__ = ["ActNorm", "Fixed1x1Conv", "FixedLinearTransform", "PermuteRandom"]
 

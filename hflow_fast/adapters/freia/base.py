@@ -8,9 +8,8 @@ from typing import Any, Callable, Hashable, Sequence, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..nn._fusion import Piece, run
-from ..ops.flow_step import _MAX_FUSED_CHANNELS as FUSED_CHANNELS
-from ._state import cache_of
+from ...nn._fusion import Piece, run
+from .._state import cache_of
 
 __all__ = [
     "FUSED_CHANNELS", "Evaluated", "FusedLayer", "calls_alone", "codes_within", "evaluate", "of_fixed", "permute",
@@ -18,6 +17,9 @@ __all__ = [
 ]  # fmt: skip
 
 T = TypeVar("T")
+
+FUSED_CHANNELS = 32
+"""Up to here a coupling and a matrix are one pass; a diagonal or a permutation behind it is worth making a matrix of."""
 
 Evaluated = tuple[Tensor, Tensor]
 """A result and its log|det| (B,)."""
