@@ -12,17 +12,9 @@ from torch import Tensor, nn
 
 from ...nn._fusion import ChannelMap, Coupling, Opaque, Piece
 from ...ops import CouplingSpec, actnorm, conv1x1
+from ...ops.flow_step import MAX_FUSED_CHANNELS
 from .._state import cache_of
-from .base import (
-    FUSED_CHANNELS,
-    Evaluated,
-    FusedLayer,
-    codes_within,
-    evaluate,
-    of_fixed,
-    permute,
-    with_conditions,
-)
+from .base import Evaluated, FusedLayer, codes_within, evaluate, of_fixed, permute, with_conditions
 from .couplings import amplify, spec_of
 
 __all__ = ["AllInOneBlock", "surroundings"]
@@ -114,7 +106,7 @@ def surroundings(blocks: Sequence[AllInOneBlock], inverse: bool) -> list[Surroun
         if block.householder and block.w_perm is not None:
             block.w_perm = block.w_perm_inv = None  # left by the stock block with its graph, which nothing can copy
     parameters = [parameter for block in blocks for parameter in block.fixed_parameters()]
-    compute = _folded if blocks[0].in_channels <= FUSED_CHANNELS or blocks[0].householder else _in_two_passes
+    compute = _folded if blocks[0].in_channels <= MAX_FUSED_CHANNELS or blocks[0].householder else _in_two_passes
     return cache_of(blocks[0]).get(f"{len(blocks)} {inverse}", parameters, lambda: compute(blocks, inverse))
 
 
@@ -127,10 +119,9 @@ def _folded(blocks: Sequence[AllInOneBlock], inverse: bool) -> list[Surroundings
     else:
         # A sum: products of matrices are rounded more under autocast, and with TF32.
         weight, bias = matrix if scale is None else matrix * scale[:, None], (matrix * offset[:, None]).sum(dim=-1)
-    log_det = zero if scale is None else scale.log().sum()
-    # That of all is handed to the first: nothing between these blocks changes the number of pixels.
-    log_dets = [-log_det if inverse else log_det, *[zero] * (len(blocks) - 1)]
-    own = [[ChannelMap(*each)] for each in zip(weight.unbind(), bias.unbind(), log_dets)]
+    log_det = torch.zeros_like(offset[:, 0]) if scale is None else scale.log().sum(dim=-1)
+    parts = zip(weight.unbind(), bias.unbind(), (-log_det if inverse else log_det).unbind())
+    own = [[ChannelMap(*part)] for part in parts]
     undone: list[list[Piece]] = [[] for _ in blocks]
     if blocks[0].reverse_pre_permute:
         undone = [[ChannelMap(each, None, zero)] for each in _matrices(blocks, not inverse).unbind()]

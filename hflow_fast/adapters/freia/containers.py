@@ -9,9 +9,9 @@ import torch
 from FrEIA import framework as stock
 from torch import Tensor, nn
 
-from ...nn._fusion import Piece, run
+from ...nn._fusion import Piece, is_altered, run
 from .all_in_one import AllInOneBlock, surroundings
-from .base import FusedLayer, calls_alone
+from .base import FusedLayer
 
 __all__ = ["GraphINN", "ReversibleGraphNet", "ReversibleSequential", "SequenceINN"]
 
@@ -59,7 +59,7 @@ def _likeness(layer: FusedLayer) -> Any:
 
 
 def _can_wait(layer: nn.Module) -> bool:
-    return isinstance(layer, FusedLayer) and not calls_alone(layer)
+    return isinstance(layer, FusedLayer) and not is_altered(layer)
 
 
 class _Container:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ...nn._fusion import ChannelMap, Coupling, Opaque, Piece
 from ...ops import CouplingSpec, coupling
-from .base import FUSED_CHANNELS, Evaluated, FusedLayer, codes_within, evaluate, with_conditions
+from ...ops.flow_step import MAX_FUSED_CHANNELS
+from .base import Evaluated, FusedLayer, codes_within, evaluate, with_conditions
 
 __all__ = [
     "AffineCouplingOneSided", "ConditionalAffineTransform", "GINCouplingBlock", "GLOWCouplingBlock",
@@ -147,7 +148,7 @@ class _TwoSided(FusedLayer):
 
     def pieces(self, inverse: bool, context: Sequence[Tensor], like: Tensor) -> list[Piece]:
         first, last = self.split_len1, self.split_len2
-        if self.channels > FUSED_CHANNELS or active_last(first, self.channels) is None:
+        if self.channels > MAX_FUSED_CHANNELS or active_last(first, self.channels) is None:
             return [Opaque(partial(self._parts, inverse=inverse, context=context))]
         steps = [
             self._first_to_last(first, like),
