@@ -77,7 +77,7 @@ def with_unknown_layers() -> nn.Module:
 
 def wide() -> nn.Module:
     """More channels than the fused kernel takes."""
-    model = sequence(36, 2, 2)
+    model = sequence(70, 2, 1)
     append(model, "ActNorm")
     for seed in range(2):
         append(model, "AllInOneBlock")
@@ -157,7 +157,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], list[tuple[int, ...]], list[tup
     "vectors": (vectors, [(6,)], []),
     "images": (images, [(1, 8, 4)], []),
     "unknown layers": (with_unknown_layers, [(6,)], []),
-    "wide": (wide, [(36, 2, 2)], []),
+    "wide": (wide, [(70, 2, 1)], []),
     "older sequence": (older, [(6,)], []),
     "conditional": (conditional, [(4, 2, 2)], [(2, 2, 2), (3, 2, 2)]),
     "glow": (glow, [(2, 8, 8)], []),

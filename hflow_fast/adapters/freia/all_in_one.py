@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from ...nn._fusion import ChannelMap, Coupling, Opaque, Piece
 from ...ops import CouplingSpec, actnorm, conv1x1
-from ...ops.flow_step import MAX_FUSED_CHANNELS
 from .._state import cache_of
 from .base import Evaluated, FusedLayer, codes_within, evaluate, of_fixed, permute, with_conditions
 from .couplings import amplify, spec_of
@@ -23,6 +22,7 @@ Surroundings = tuple[list[Piece], list[Piece]]
 """What a block does before and behind its coupling."""
 
 _NETWORK_GAIN = 0.1  # FrEIA's, of the network's output
+_FOLDED_CHANNELS = 64  # beyond, a gradient for the matrix costs more than another pass over the flow variable
 _ACTIVATIONS = codes_within(stock.AllInOneBlock.__init__)  # of the global scale: functions without a name
 
 
@@ -106,7 +106,7 @@ def surroundings(blocks: Sequence[AllInOneBlock], inverse: bool) -> list[Surroun
         if block.householder and block.w_perm is not None:
             block.w_perm = block.w_perm_inv = None  # left by the stock block with its graph, which nothing can copy
     parameters = [parameter for block in blocks for parameter in block.fixed_parameters()]
-    compute = _folded if blocks[0].in_channels <= MAX_FUSED_CHANNELS or blocks[0].householder else _in_two_passes
+    compute = _folded if blocks[0].in_channels <= _FOLDED_CHANNELS or blocks[0].householder else _in_two_passes
     return cache_of(blocks[0]).get(f"{len(blocks)} {inverse}", parameters, lambda: compute(blocks, inverse))
 
 
