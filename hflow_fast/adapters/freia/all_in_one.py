@@ -58,7 +58,7 @@ class AllInOneBlock(FusedLayer, stock.AllInOneBlock):
         return (self.in_channels, self.householder, self.GIN, self.reverse_pre_permute, activation,
                 scale.dtype, scale.device)
 
-    def fixed_parameters(self) -> tuple[Tensor, ...]:
+    def own_parameters(self) -> tuple[Tensor, ...]:
         """What :func:`surroundings` depends on."""
         matrices = (self.w_0, self.vk_householder) if self.householder else (self.w_perm, self.w_perm_inv)
         return self.global_scale, self.global_offset, *matrices
@@ -105,8 +105,10 @@ def surroundings(blocks: Sequence[AllInOneBlock], inverse: bool) -> list[Surroun
     for block in blocks:
         if block.householder and block.w_perm is not None:
             block.w_perm = block.w_perm_inv = None  # left by the stock block with its graph, which nothing can copy
-    parameters = [parameter for block in blocks for parameter in block.fixed_parameters()]
     compute = _folded if blocks[0].in_channels <= _FOLDED_CHANNELS or blocks[0].householder else _in_two_passes
+    if torch.is_grad_enabled():
+        return compute(blocks, inverse)
+    parameters = [parameter for block in blocks for parameter in block.own_parameters()]
     return cache_of(blocks[0]).get(f"{len(blocks)} {inverse}", parameters, lambda: compute(blocks, inverse))
 
 
