@@ -312,6 +312,28 @@ def test_layers_with_hooks_are_called():
     assert heard == ["early", "late"]
 
 
+def test_blocks_with_a_network_in_common():
+    """Tied weights inside networks, which are called as they are, are no obstacle."""
+    shared = network(3, 6)
+    stock = sequence(6)
+    for _ in range(3):
+        stock.append(modules.AllInOneBlock, subnet_constructor=lambda *channels: shared)
+    fast, report = accelerated(stock)
+    assert len(report.replaced) == 4, str(report)
+    assert_same(stock, fast, torch.randn(3, 6))
+
+
+def test_an_activation_of_the_users_own():
+    """It may look at more than one element, so that blocks with it are not taken together."""
+    stock = build("older sequence")
+    for layer in stock:
+        layer.global_scale_activation = lambda scale: torch.softmax(scale, dim=1) * 6
+        layer.global_scale.data.normal_()
+    fast, _ = accelerated(stock)
+    fast[0].global_scale_activation = stock[0].global_scale_activation = lambda scale: scale.sum() * 0 + scale.exp()
+    assert_same(stock, fast, torch.randn(3, 6))
+
+
 def test_intermediate_outputs():
     stock = build("glow")
     fast, _ = accelerated(stock)

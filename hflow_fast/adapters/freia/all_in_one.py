@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...nn._fusion import ChannelMap, Coupling, Opaque, Piece
 from ...ops import CouplingSpec, actnorm, conv1x1
 from .._state import cache_of
-from .base import Evaluated, FusedLayer, codes_within, evaluate, of_fixed, permute, with_conditions
+from .base import Evaluated, FusedLayer, evaluate, of_fixed, permute, with_conditions
 from .couplings import amplify, spec_of
 
 __all__ = ["AllInOneBlock", "surroundings"]
@@ -23,7 +23,6 @@ Surroundings = tuple[list[Piece], list[Piece]]
 
 _NETWORK_GAIN = 0.1  # FrEIA's, of the network's output
 _FOLDED_CHANNELS = 64  # beyond, a gradient for the matrix costs more than another pass over the flow variable
-_ACTIVATIONS = codes_within(stock.AllInOneBlock.__init__)  # of the global scale: functions without a name
 
 
 class AllInOneBlock(FusedLayer, stock.AllInOneBlock):
@@ -53,10 +52,11 @@ class AllInOneBlock(FusedLayer, stock.AllInOneBlock):
 
     def likeness(self) -> Hashable:
         """The same for blocks that :func:`surroundings` takes together."""
-        code = id(getattr(self.global_scale_activation, "__code__", None))
-        scale, activation = self.global_scale, code if code in _ACTIVATIONS else id(self)
-        return (self.in_channels, self.householder, self.GIN, self.reverse_pre_permute, activation,
-                scale.dtype, scale.device)
+        scale, activation = self.global_scale, self.global_scale_activation
+        # FrEIA's, a function without a name or a method, works on each element; nothing is known of another.
+        own = getattr(activation, "__module__", None) == stock.AllInOneBlock.__module__
+        return (self.in_channels, self.householder, self.GIN, self.reverse_pre_permute,
+                activation.__code__ if own else id(self), scale.dtype, scale.device)
 
     def own_parameters(self) -> tuple[Tensor, ...]:
         """What :func:`surroundings` depends on."""
