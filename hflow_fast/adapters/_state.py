@@ -40,9 +40,9 @@ def cache_of(layer: nn.Module) -> ParameterCache:
     return _lazily(layer, "_fused_cache", ParameterCache)
 
 
-def is_set(layer: nn.Module, flag: Tensor, name: str = "") -> bool:
-    """Whether a buffer that says, say, "is initialised" is true; ``layer`` remembers that it was, as ``name``."""
-    return _lazily(layer, "_fused_flags", _Flags).is_set(name, flag)
+def is_set(layer: nn.Module, name: str, flag: Tensor | None = None) -> bool:
+    """Whether the buffer ``name`` of ``layer``, such as "is initialised", is true; or ``flag``, remembered as ``name``."""
+    return _lazily(layer, "_fused_flags", _Flags).is_set(name, getattr(layer, name) if flag is None else flag)
 
 
 def _lazily(layer: nn.Module, name: str, kind: type) -> Any:

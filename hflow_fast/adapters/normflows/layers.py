@@ -63,7 +63,7 @@ class ActNorm(AffineConstFlow, nf.flows.ActNorm):
     """An :class:`AffineConstFlow` that the first batch initialises, as the stock layer does."""
 
     def links(self, x: Tensor, sampling: bool) -> Iterable[Link] | None:
-        return super().links(x, sampling) if is_set(self, self.data_dep_init_done) else None
+        return super().links(x, sampling) if is_set(self, "data_dep_init_done") else None
 
 
 class Invertible1x1Conv(Fused, nf.flows.Invertible1x1Conv):

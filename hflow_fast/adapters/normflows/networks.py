@@ -33,10 +33,10 @@ class ConvNet2d(nf.nets.ConvNet2d):
     def _actnorm_behind(self, index: int) -> nf.flows.ActNorm | None:
         """Which can be folded into convolution ``index``."""
         following = self.net[index + 1] if index + 1 < len(self.net) else None
-        if not isinstance(following, nf.utils.ActNorm) or not is_set(
-                self, following.actNorm.data_dep_init_done, str(index)):
+        if not isinstance(following, nf.utils.ActNorm):
             return None
-        return following.actNorm
+        norm = following.actNorm
+        return norm if is_set(self, f"actnorm {index + 1}", norm.data_dep_init_done) else None
 
     def _convolved(self, x: Tensor, index: int, conv: nn.Conv2d, norm: nf.flows.ActNorm) -> Tensor:
         parameters = [tensor for tensor in (conv.weight, conv.bias, norm.s, norm.t) if tensor is not None]
