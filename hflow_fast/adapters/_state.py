@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..nn._cache import ParameterCache
@@ -18,9 +19,11 @@ class _Flags:
         self._seen: dict[str, tuple[Tensor, int]] = {}
 
     def is_set(self, name: str, tensor: Tensor) -> bool:
-        if tensor.is_inference():  # which has no version
-            return bool(tensor)
         seen = self._seen.get(name)
+        if torch.compiler.is_compiling() and seen is not None:  # a version is nothing to compile
+            return True
+        if torch.compiler.is_compiling() or tensor.is_inference():  # which has no version
+            return bool(tensor)
         if seen is not None and seen[0] is tensor and seen[1] == tensor._version:
             return True
         found = bool(tensor)
@@ -40,9 +43,9 @@ def cache_of(layer: nn.Module) -> ParameterCache:
     return _lazily(layer, "_fused_cache", ParameterCache)
 
 
-def is_set(layer: nn.Module, flag: Tensor, name: str = "") -> bool:
-    """Whether a buffer that says, say, "is initialised" is true; ``layer`` remembers that it was, as ``name``."""
-    return _lazily(layer, "_fused_flags", _Flags).is_set(name, flag)
+def is_set(layer: nn.Module, name: str, flag: Tensor | None = None) -> bool:
+    """Whether the buffer ``name`` of ``layer``, such as "initialised", is true; or ``flag``, remembered as ``name``."""
+    return _lazily(layer, "_fused_flags", _Flags).is_set(name, getattr(layer, name) if flag is None else flag)
 
 
 def _lazily(layer: nn.Module, name: str, kind: type) -> Any:
