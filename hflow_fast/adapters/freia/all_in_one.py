@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...nn._fusion import ChannelMap, Coupling, Opaque, Piece
 from ...ops import CouplingSpec, actnorm, conv1x1
+from .._networks import call_network
 from .._state import cache_of
 from .base import Evaluated, FusedLayer, evaluate, of_fixed, permute, with_conditions
 from .couplings import amplify, spec_of
@@ -88,7 +89,7 @@ class AllInOneBlock(FusedLayer, stock.AllInOneBlock):
         return spec_of(scale_map="tanh", clamp=float(self.clamp), active="channels_ceil")
 
     def _raw(self, x: Tensor, context: Sequence[Tensor]) -> Tensor:
-        raw = self.subnet(with_conditions(self, x[:, :self.splits[0]], context))
+        raw = call_network(self.subnet, with_conditions(self, x[:, :self.splits[0]], context))
         if not self.GIN:
             return amplify(self, raw, _NETWORK_GAIN * self.clamp, _NETWORK_GAIN)
         scale, shift = (_NETWORK_GAIN * raw).chunk(2, dim=1)
