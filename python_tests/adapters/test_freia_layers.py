@@ -296,6 +296,18 @@ def test_actnorm_told_to_initialise_again():
     assert not fast.init_on_next_batch
 
 
+def test_reflections_leave_no_graph_behind():
+    """With which FrEIA's block cannot be copied any more, once it was called."""
+    block = next(case for case in ALL_IN_ONE if case.name.endswith(" householder")).build()
+    x = torch.randn(2, *ODD)
+    expected = block([x])
+    with pytest.raises(RuntimeError, match="deepcopy"):
+        copy.deepcopy(block)
+    accelerate(block)
+    torch.testing.assert_close(block([x]), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(copy.deepcopy(block)([x]), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(("name", "build", "reason"), [
     ("ActNorm", lambda: modules.ActNorm([IMAGE]), "not initialised yet"),
     ("clamp", lambda: modules.GLOWCouplingBlock([IMAGE], subnet_constructor=network, clamp_activation=torch.sin),
