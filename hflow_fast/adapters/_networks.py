@@ -22,8 +22,8 @@ _IN_ANY_ORDER = (nn.Conv2d, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.
 def call_network(network: nn.Module, x: Tensor) -> Tensor:
     """``network(x)``.
 
-    In an ``nn.Sequential`` without hooks rectifiers overwrite what convolutions and linear layers put out; on processors
-    with AVX-512 activations are channels_last inside, if all of its layers are known not to mind.
+    In an ``nn.Sequential`` without hooks rectifiers overwrite what convolutions and linear layers put out; on
+    processors with AVX-512 activations are channels_last inside, if all of its layers are known not to mind.
     """
     if type(network) is not nn.Sequential or is_altered(network) or any(map(is_altered, network)):
         return network(x)
