@@ -118,7 +118,8 @@ def _fold_all(maps: list[Part], x: Tensor) -> list[Piece]:
         folded = maps[0]
         for part in maps[1:]:
             folded = _fold_pair(folded, part, dtype)
-        return [_in(folded, torch.promote_types(x.dtype, torch.float32))]
+        folded = _in(folded, torch.promote_types(x.dtype, torch.float32))
+        return [folded._replace(alone=_scale(folded)) if folded.weight.dim() == 1 else folded]
 
 
 def _fold_pair(first: Part, second: Part, dtype: torch.dtype) -> ChannelMap:
