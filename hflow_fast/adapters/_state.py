@@ -11,26 +11,28 @@ from ..nn._cache import ParameterCache
 __all__ = ["cache_of", "is_set"]
 
 
-class _Flag:
-    """Remembers that a tensor was true until it may have changed: asking a tensor stalls the device."""
+class _Flags:
+    """Remembers which tensors were true until they may have changed: asking a tensor stalls the device."""
 
     def __init__(self) -> None:
-        self._seen: tuple[Tensor, int] | None = None
+        self._seen: dict[str, tuple[Tensor, int]] = {}
 
-    def is_set(self, tensor: Tensor) -> bool:
+    def is_set(self, name: str, tensor: Tensor) -> bool:
         if tensor.is_inference():  # which has no version
             return bool(tensor)
-        if self._seen is not None and self._seen[0] is tensor and self._seen[1] == tensor._version:
+        seen = self._seen.get(name)
+        if seen is not None and seen[0] is tensor and seen[1] == tensor._version:
             return True
         found = bool(tensor)
-        self._seen = (tensor, tensor._version) if found else None
+        if found:
+            self._seen[name] = tensor, tensor._version
         return found
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Flag:
-        return _Flag()
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Flags:
+        return _Flags()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_seen": None}
+        return {"_seen": {}}
 
 
 def cache_of(layer: nn.Module) -> ParameterCache:
@@ -38,9 +40,9 @@ def cache_of(layer: nn.Module) -> ParameterCache:
     return _lazily(layer, "_fused_cache", ParameterCache)
 
 
-def is_set(layer: nn.Module, name: str) -> bool:
-    """Whether the buffer ``name`` of ``layer``, such as "is initialised", is true."""
-    return _lazily(layer, "_fused_flag", _Flag).is_set(getattr(layer, name))
+def is_set(layer: nn.Module, name: str, flag: Tensor | None = None) -> bool:
+    """Whether the buffer ``name`` of ``layer``, such as "is initialised", is true; or ``flag``, remembered as ``name``."""
+    return _lazily(layer, "_fused_flags", _Flags).is_set(name, getattr(layer, name) if flag is None else flag)
 
 
 def _lazily(layer: nn.Module, name: str, kind: type) -> Any:

@@ -40,18 +40,19 @@ class Survey:
         """Why ``layer`` has to stay as it is; None: it need not."""
         if id(layer) in self._wrapped:
             return self._wrapped[id(layer)]
-        places = self._places[id(layer)]
-        if len(places) > 1:
-            return f"the same layer is in {len(places)} places, {', '.join(places)}"
         whole = list(layer.modules())
         called = {id(inner) for child in match.calls for inner in child.modules()}
         own = [module for module in whole if id(module) not in called]
         inside = {id(module) for module in whole}
         for module in own:
-            obstacle = _of_module(module) or self._tied(module, inside)
+            obstacle = self._shared(module) or _of_module(module) or self._tied(module, inside)
             if obstacle is not None:
                 return obstacle if module is layer else f"its {type(module).__name__} {obstacle}"
         return _of_tensors(own) or _of_devices(whole)
+
+    def _shared(self, module: nn.Module) -> str | None:
+        places = self._places[id(module)]
+        return f"is in {len(places)} places, {', '.join(places)}" if len(places) > 1 else None
 
     def _tied(self, module: nn.Module, inside: set[int]) -> str | None:
         for name, parameter in module.named_parameters(recurse=False):
