@@ -1,7 +1,7 @@
 """Fast classes for the PyTorch ports of Glow: code that people copy into theirs, which no import can tell from other code.
 
 A layer is recognised by the name of its class; by its parameters, buffers, submodules and methods
-(:func:`.glow_pytorch_trial.misfit`); and by what it does (:func:`.glow_pytorch_trial.disagreement`): what behaves
+(:func:`.trial.misfit`); and by what it does (:func:`.trial.disagreement`): what behaves
 otherwise, such as a coupling that someone gave another scale, stays as it is. Known are
 
 - rosinality/glow-pytorch: ``ActNorm``, ``InvConv2d``, ``InvConv2dLU``, ``AffineCoupling``, ``Flow``, ``Block``;
@@ -15,12 +15,11 @@ from __future__ import annotations
 
 from torch import nn
 
-from . import glow_pytorch_chaiyujin as chaiyujin
-from . import glow_pytorch_rosinality as rosinality
-from .accelerate import stock_class
-from .glow_pytorch_port import Port, fast_class
-from .glow_pytorch_trial import disagreement, misfit
-from .report import Match
+from ..accelerate import stock_class
+from ..report import Match
+from . import chaiyujin, rosinality
+from .port import Port, fast_class
+from .trial import disagreement, misfit
 
 __all__ = ["match"]
 

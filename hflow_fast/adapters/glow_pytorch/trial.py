@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .accelerate import stock_class
-from .glow_pytorch_port import Port, fast_class
+from ..accelerate import stock_class
+from .port import Port, fast_class
 
 __all__ = ["disagreement", "misfit"]
 
@@ -39,6 +39,9 @@ def misfit(port: type[Port], module: nn.Module) -> str | None:
     for attribute in port.attributes:
         if not hasattr(module, attribute):
             return f"it has no {attribute}"
+    taken = port.own_names() & (vars(module).keys() | vars(stock).keys())
+    if taken:
+        return f"it has a {min(taken)} of its own"
     try:
         expected_shapes, children = port.layout(module), port.children_of(module)
     except (AttributeError, IndexError, TypeError) as error:

@@ -3,21 +3,20 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import itertools
-from typing import Any, Iterable, Iterator
+from typing import Any, Hashable, Iterable, Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn._fusion import ChannelMap, Coupling, Evaluated, Opaque
-from ..nn._inversion import invert
-from ..ops import CouplingSpec, actnorm, lu
-from ._folding import Part, Shuffle, affine_of_inverse, without_autocast
-from ._state import cache_of
-from .accelerate import stock_class
-from .glow_pytorch_port import Port, evaluate, first_convolution_inputs, is_watched, normal_log_prob, zeros
+from ...nn._fusion import Coupling, Evaluated, Opaque
+from ...ops import CouplingSpec, actnorm, lu
+from .._chain import Map, Part, Shuffle, evaluate, inverse_of, plu, zeros
+from .._stacked import StackedMaps
+from ..accelerate import stock_class
+from .port import Port, evaluate_as_stock, first_convolution_inputs, is_watched, normal_log_prob
 
 __all__ = ["ActNorm2d", "FlowNet", "FlowStep", "InvertibleConv1x1", "Permute2d", "Split2d", "SqueezeLayer"]
 
@@ -40,9 +39,7 @@ class _Layer(Port):
         return self._evaluate(input, logdet, reverse)
 
     def _evaluate(self, x: Tensor, log_det: LogDet, inverse: bool) -> tuple[Tensor, LogDet]:
-        with without_autocast(x):
-            parts = self.parts(inverse)
-        y, term = evaluate(self, f"inverse {inverse}", x, parts)
+        y, term = evaluate_as_stock(self, "data" if inverse else "latent", self.parts(inverse), x)
         return y, None if log_det is None else log_det + term
 
     @classmethod
@@ -54,6 +51,7 @@ class _Layer(Port):
 class ActNorm2d(_Layer):
     """(x + bias) · e^logs."""
 
+    mixes = False
     attributes = ("inited", "num_features", "initialize_parameters", "_check_input_dim")
 
     @classmethod
@@ -70,9 +68,9 @@ class ActNorm2d(_Layer):
 
     @classmethod
     def readiness(cls, module: nn.Module) -> str | None:
-        if module.inited or not module.training:
+        if module.inited:
             return None
-        return "is not yet initialised from data; run a batch through the model in train mode, then accelerate it again"
+        return "is not initialised from data yet; run one batch in train mode, then accelerate again"
 
     @classmethod
     def run_trial(cls, module: nn.Module, x: Tensor) -> list[Any]:
@@ -87,25 +85,34 @@ class ActNorm2d(_Layer):
     def parts(self, inverse: bool) -> list[Part]:
         if not self.inited:
             return [_called(self, inverse)]
-        return [cache_of(self).get(f"map {inverse}", [self.bias, self.logs], functools.partial(self._map, inverse))]
+        return [Map(self, inverse)]
 
-    def _map(self, inverse: bool) -> ChannelMap:
+    def kind(self) -> Hashable:
+        return self.map_channels(), self.logs.dtype, self.logs.device
+
+    def map_channels(self) -> int:
+        return self.logs.numel()
+
+    def tensors(self) -> Sequence[Tensor]:
+        return self.bias, self.logs
+
+    def alone(self, x: Tensor, inverse: bool) -> Evaluated:
         log_scale, bias = self.logs.flatten(), self.bias.flatten()
-        log_det = log_scale.sum()
+        return actnorm(x, -log_scale, -bias) if inverse else actnorm(x, log_scale, bias * log_scale.exp())
+
+    @staticmethod
+    def stacked(layers: Sequence[ActNorm2d], inverse: bool) -> StackedMaps:
+        bias, log_scale = (torch.stack(tensors).flatten(1) for tensors in zip(*(layer.tensors() for layer in layers)))
         if inverse:
-            log_scale, shift, log_det = -log_scale.double(), -bias.double(), -log_det
-        else:
-            shift = bias * log_scale.exp()
-        return ChannelMap(log_scale.exp(), shift, log_det,
-                          functools.partial(_apply_actnorm, log_scale=log_scale, bias=shift))
-
-
-def _apply_actnorm(x: Tensor, log_scale: Tensor, bias: Tensor) -> Evaluated:
-    return actnorm(x, log_scale.to(x.dtype), bias.to(x.dtype))
+            return StackedMaps(torch.exp(-log_scale.double()), -bias, -log_scale.sum(dim=1))
+        scale = log_scale.exp()
+        return StackedMaps(scale, bias * scale, log_scale.sum(dim=1))
 
 
 class InvertibleConv1x1(_Layer):
     """W x per pixel, with W free or P L (U + diag(±e^s))."""
+
+    mixes = True
 
     @classmethod
     def layout(cls, module: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -120,23 +127,26 @@ class InvertibleConv1x1(_Layer):
         return module.weight.shape[0] if hasattr(module, "weight") else module.log_s.numel()
 
     def parts(self, inverse: bool) -> list[Part]:
-        if hasattr(self, "weight"):
-            tensors = [self.weight]
-        else:
-            tensors = [self.p, self.sign_s, self.log_s, *(getattr(self, name) for name in _triangle_names(self))]
-        return [cache_of(self).get(f"map {inverse}", tensors, self._inverse_map if inverse else self._map)]
+        return [Map(self, inverse)]
 
-    def _map(self) -> ChannelMap:
-        if hasattr(self, "weight"):
-            return ChannelMap(self.weight, None, lu(self.weight)[0])
+    def kind(self) -> Hashable:
+        tensors = self.tensors()
+        return len(tensors), self.map_channels(), tensors[0].dtype, tensors[0].device
+
+    def map_channels(self) -> int:
+        return self.tensors()[0].shape[0]
+
+    def tensors(self) -> Sequence[Tensor]:
+        if "weight" in self._parameters:
+            return (self.weight,)
         lower, upper = (getattr(self, name) for name in _triangle_names(self))
-        identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-        weight = self.p @ (lower.tril(-1) + identity) @ (upper.triu(1) + torch.diag(self.sign_s * self.log_s.exp()))
-        return ChannelMap(weight, None, self.log_s.sum())
+        return self.p, lower, upper, self.sign_s, self.log_s
 
-    def _inverse_map(self) -> ChannelMap:
-        weight, bias, log_det = self.parts(False)[0][:3]
-        return affine_of_inverse(invert(weight, type(self).__name__), bias, log_det)
+    @staticmethod
+    def stacked(layers: Sequence[InvertibleConv1x1], inverse: bool) -> StackedMaps:
+        tensors = [torch.stack(tensors) for tensors in zip(*(layer.tensors() for layer in layers))]
+        maps = plu(*tensors) if len(tensors) > 1 else StackedMaps(tensors[0], None, lu(tensors[0])[0])
+        return inverse_of(maps, "InvertibleConv1x1") if inverse else maps
 
 
 def _triangle_names(module: nn.Module) -> tuple[str, str]:
@@ -241,7 +251,7 @@ class SqueezeLayer(Port):
         return [module(x)[0], module(x, reverse=True)[0], module(x, x[:, 0, 0, 0])[1]]
 
     def forward(self, input: Tensor, logdet: LogDet = None, reverse: bool = False) -> tuple[Tensor, LogDet]:
-        change = nn.functional.pixel_shuffle if reverse else nn.functional.pixel_unshuffle
+        change = F.pixel_shuffle if reverse else F.pixel_unshuffle
         return change(input, self.factor), logdet
 
 
@@ -283,6 +293,7 @@ class FlowNet(Port):
 
     origin = _ORIGIN
     methods = {"encode": ("z", "logdet")}
+    overrides = ("decode",)
 
     @classmethod
     def children_of(cls, module: nn.Module) -> dict[str, tuple[type[Port], ...]]:
@@ -317,7 +328,7 @@ class FlowNet(Port):
     def encode(self, z: Tensor, logdet: LogDet = 0.0) -> tuple[Tensor, LogDet]:
         for name, fused, layers in _chains(self.layers):
             if fused:
-                z, term = _run_chain(self, f"encode {name}", z, layers, False)
+                z, term = evaluate_as_stock(self, f"latent {name}", _parts_of(layers, False), z)
                 logdet = logdet + term
                 continue
             for layer in layers:
@@ -329,7 +340,7 @@ class FlowNet(Port):
         (temperature,) = (*temperature, *named.values()) or (None,)
         for name, fused, layers in _chains(list(self.layers)[::-1]):
             if fused:
-                z = _run_chain(self, f"decode {name}", z, layers[::-1], True)[0]
+                z = evaluate(self, f"data {name}", _parts_of(layers[::-1], True), z)[0]
                 continue
             for layer in layers:
                 z = layer(z, 0, True, temperature)[0] if _is_split(layer) else layer(z, logdet=0, reverse=True)[0]
@@ -345,12 +356,6 @@ def _chains(layers: Iterable[nn.Module]) -> Iterator[tuple[int, bool, list[nn.Mo
     chains = itertools.groupby(layers, key=lambda layer: isinstance(layer, FlowStep) and not is_watched(layer))
     for number, (fused, chain) in enumerate(chains):
         yield number, fused, list(chain)
-
-
-def _run_chain(owner: nn.Module, name: str, x: Tensor, layers: list[nn.Module], inverse: bool) -> Evaluated:
-    with without_autocast(x):
-        parts = _parts_of(layers, inverse)
-    return evaluate(owner, name, x, parts)
 
 
 def _parts_of(layers: Iterable[nn.Module], inverse: bool) -> list[Part]:
