@@ -100,8 +100,8 @@ def test_a_permutation_that_is_written_to_later() -> None:
 
 
 def edited(base: type[nn.Module], **methods: Callable) -> type[nn.Module]:
-    """What someone who copied ``base`` into their code made of it: the same name and structure, no common class."""
-    return type(base.__name__, base.__bases__, {**vars(base), **methods, "__module__": "someones_code"})
+    """What someone who copied ``base`` into their code made of it: the same name and structure."""
+    return type(base.__name__, (base,), methods)
 
 
 def exp_scale(self: nn.Module, passive: Tensor) -> tuple[Tensor, Tensor]:
