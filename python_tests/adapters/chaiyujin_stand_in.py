@@ -51,6 +51,7 @@ class ActNorm2d(_ActNorm):
 class Conv2d(nn.Conv2d):
     def __init__(self, inputs: int, outputs: int, kernel: int, actnorm: type[nn.Module]) -> None:
         super().__init__(inputs, outputs, kernel, padding=kernel // 2, bias=False)
+        self.do_actnorm = True
         self.actnorm = actnorm(outputs)
 
     def forward(self, input: Tensor) -> Tensor:

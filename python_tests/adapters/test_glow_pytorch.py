@@ -55,6 +55,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Call]] = {
     "Flow-additive": (lambda: rosinality.Flow(CHANNELS, affine=False, conv_lu=False), forward_and_reverse),
     "ActNorm2d": (lambda: chaiyujin.ActNorm2d(CHANNELS), both_ways),
     "ActNorm2d-in-a-network": (lambda: chaiyujin.ActNorm2d(CHANNELS), without_log_det),
+    "Conv2d": (lambda: chaiyujin.Conv2d(CHANNELS, 6, 3, chaiyujin.ActNorm2d), lambda layer, x: [layer(x)]),
     "InvertibleConv1x1": (lambda: chaiyujin.InvertibleConv1x1(CHANNELS), both_ways),
     "InvertibleConv1x1-lu": (lambda: chaiyujin.InvertibleConv1x1(CHANNELS, True), both_ways),
     "Permute2d": (lambda: chaiyujin.Permute2d(CHANNELS, True), lambda layer, x: [layer(x), layer(x, reverse=True)]),
@@ -185,6 +186,8 @@ EDITED: dict[str, Callable[[], nn.Module]] = {
     "invconv": lambda: edited(rosinality.InvConv2dLU, calc_weight=transposed)(CHANNELS),
     "flow": lambda: edited(rosinality.Flow, forward=permuted_first)(CHANNELS),
     "block": lambda: edited(rosinality.Block, forward=lambda self, input: self.flows[0](input))(CHANNELS // 4, 2),
+    "convolution": lambda: edited(chaiyujin.Conv2d, forward=lambda self, input: torch.relu(
+        self.actnorm(nn.functional.conv2d(input, self.weight, padding=1))[0]))(CHANNELS, 6, 3, chaiyujin.ActNorm2d),
     "permute": lambda: edited(chaiyujin.Permute2d, forward=lambda self, input, reverse=False: input)(CHANNELS, True),
     "flow-step": lambda: edited(chaiyujin.FlowStep, permuted=lambda self, z, logdet, reverse: (z, logdet))(CHANNELS, 6),
     "squeeze": lambda: edited(chaiyujin.SqueezeLayer, forward=lambda self, input, logdet=None, reverse=False: (

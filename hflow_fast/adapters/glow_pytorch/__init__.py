@@ -6,7 +6,7 @@ otherwise, such as a coupling that someone gave another scale, stays as it is. K
 
 - rosinality/glow-pytorch: ``ActNorm``, ``InvConv2d``, ``InvConv2dLU``, ``AffineCoupling``, ``Flow``, ``Block``;
 - chaiyujin/glow-pytorch and y0ast/Glow-PyTorch: ``ActNorm2d``, ``InvertibleConv1x1``, ``Permute2d``, ``FlowStep``,
-  ``SqueezeLayer``, ``Split2d``, ``FlowNet``.
+  ``SqueezeLayer``, ``Split2d``, ``FlowNet``, and ``Conv2d`` with an actnorm.
 
 Fast classes are subclasses of the class at hand, made once for each. Copies and pickles of fast layers are fast.
 """
@@ -17,7 +17,9 @@ from torch import nn
 
 from ..accelerate import stock_class
 from ..report import Match
-from . import chaiyujin, rosinality
+from . import rosinality
+from .chaiyujin_layers import ActNorm2d, Conv2d, InvertibleConv1x1, Permute2d
+from .chaiyujin_nets import FlowNet, FlowStep, Split2d, SqueezeLayer
 from .port import Port, fast_class
 from .trial import disagreement, misfit
 
@@ -26,9 +28,8 @@ __all__ = ["match"]
 _PORTS: dict[str, type[Port]] = {
     port.__name__: port for port in (
         rosinality.ActNorm, rosinality.InvConv2d, rosinality.InvConv2dLU, rosinality.AffineCoupling, rosinality.Flow,
-        rosinality.Block, chaiyujin.ActNorm2d, chaiyujin.InvertibleConv1x1, chaiyujin.Permute2d, chaiyujin.FlowStep,
-        chaiyujin.SqueezeLayer, chaiyujin.Split2d, chaiyujin.FlowNet)}
-_COMMON_NAMES = (rosinality.Flow, rosinality.Block)
+        rosinality.Block, ActNorm2d, InvertibleConv1x1, Permute2d, FlowStep, SqueezeLayer, Split2d, FlowNet, Conv2d)}
+_COMMON_NAMES = (rosinality.Flow, rosinality.Block, Conv2d)
 """Names that code with no flow in it has, too: one that is built otherwise is no variant of ours."""
 _LIBRARIES = ("FrEIA", "hflow_fast", "nflows", "normflows", "torch")
 
