@@ -64,10 +64,11 @@ class Port(nn.Module):
     @classmethod
     def example(cls, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
         """Values for the parameter ``name`` to try the layer with: as if trained, and well-conditioned."""
-        values = torch.rand(shape, generator=generator, dtype=torch.float64) * 0.6 - 0.3
-        if len(shape) < 2 or shape[0] != shape[1] or shape[0] == 1:
+        options = {"generator": generator, "dtype": torch.float64, "device": "cpu"}
+        values = torch.rand(shape, **options) * 0.6 - 0.3
+        if len(shape) < 2 or shape[0] != shape[1] or shape.numel() != shape[0] ** 2 or shape[0] == 1:
             return values
-        rotation = torch.linalg.qr(torch.randn(shape[:2], generator=generator, dtype=torch.float64))[0].view(shape)
+        rotation = torch.linalg.qr(torch.randn(shape[:2], **options))[0].view(shape)
         return 1.2 * rotation if name == "weight" else 0.3 * rotation
 
     @classmethod
