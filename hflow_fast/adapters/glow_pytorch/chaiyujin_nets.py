@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+from types import FunctionType
 from typing import Any, Iterable, Iterator
 
 import torch
@@ -43,6 +44,14 @@ class FlowStep(Layer):
     @classmethod
     def channels(cls, module: nn.Module) -> int:
         return ActNorm2d.channels(module.actnorm)
+
+    @classmethod
+    def readiness(cls, module: nn.Module) -> str | None:
+        # y0ast's layers hold a function that refers to them; a deepcopy holds the same one.
+        held = module.flow_permutation
+        if isinstance(held, FunctionType) and not any(cell.cell_contents is module for cell in held.__closure__ or ()):
+            return "its flow_permutation is that of another layer, as in a deepcopy; build it anew and load its state"
+        return None
 
     def normal_flow(self, input: Tensor, logdet: LogDet) -> tuple[Tensor, LogDet]:
         return self._evaluate(input, logdet, False)
