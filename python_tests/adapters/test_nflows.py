@@ -153,6 +153,18 @@ def test_loading_another_mask_and_permutation() -> None:
             torch.testing.assert_close(mine(x)[0], other(x)[0], rtol=1e-5, atol=1e-5)
 
 
+@torch.no_grad()
+def test_loading_nothing_but_another_permutation() -> None:
+    stock = perturbed(transforms.OneByOneConvolution(4)).eval()
+    fast, _ = accelerated(stock)
+    x = torch.randn(2, 4, 2, 2)
+    fast(x)
+    for layer in (stock, fast):
+        layer.permutation._permutation.copy_(layer.permutation._permutation.roll(1))
+    for call in (to_latent, to_data):
+        torch.testing.assert_close(call(fast, x)[0], call(stock, x)[0], rtol=1e-4, atol=1e-5)
+
+
 def test_actnorm_initialises_when_told_to() -> None:
     stock = built(CASES[0])
     fast, _ = accelerated(stock)
