@@ -211,7 +211,7 @@ def inverse_of(maps: StackedMaps, layer: str) -> StackedMaps:
 
 
 def plu(permutation: Tensor, lower: Tensor, upper: Tensor, sign: Tensor, log_diagonal: Tensor) -> StackedMaps:
-    """P L (U + diag(±e^s)) of Glow (Eq. 10), for matrices (N, C, C), of which L and U count inside, and vectors (N, C)."""
+    """P L (U + diag(±e^s)) of Glow (Eq. 10): matrices (N, C, C), of L and U what is off the diagonal; vectors (N, C)."""
     identity = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
     weight = permutation @ (lower.tril(-1) + identity) @ (upper.triu(1) + torch.diag_embed(sign * log_diagonal.exp()))
     return StackedMaps(weight, None, log_diagonal.sum(dim=1))

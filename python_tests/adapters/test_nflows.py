@@ -198,7 +198,8 @@ def test_stock_does_what_parts_do_not() -> None:
     vectors = built(Case("lu", lambda: transforms.LULinear(6, identity_init=False)))
     fast, _ = accelerated(vectors)
     assert_same(vectors, fast, torch.randn(2, 3, 6), call=lambda model, x: model.weight() @ x.mT)
-    for layer, x in ((transforms.OneByOneConvolution(4), torch.randn(2, 4)), (transforms.ActNorm(4), torch.randn(2, 4, 3)),
+    for layer, x in ((transforms.OneByOneConvolution(4), torch.randn(2, 4)),
+                     (transforms.ActNorm(4), torch.randn(2, 4, 3)),
                      (transforms.SqueezeTransform(), torch.randn(1, 2, 3, 4)),
                      (transforms.AffineCouplingTransform([0, 1], net), torch.randn(2, 3))):
         if isinstance(layer, transforms.ActNorm):

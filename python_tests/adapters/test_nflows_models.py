@@ -68,7 +68,7 @@ def tabular() -> nn.Module:
     return flows.Flow(
         transforms.CompositeTransform([
             *block(), transforms.InverseTransform(transforms.CompositeTransform([*block(), transforms.ActNorm(5)])),
-            transforms.PiecewiseRationalQuadraticCouplingTransform([0, 1, 0, 1, 0], net, tails="linear", tail_bound=3.0),
+            transforms.PiecewiseRationalQuadraticCouplingTransform([0, 1, 0, 1, 0], net, tails="linear"),
             *block(), transforms.RandomPermutation(5)]),
         distributions.StandardNormal([5]))
 
