@@ -76,7 +76,8 @@ def class_conditional() -> nn.Module:
 IMAGES, VECTORS = (6, 2, 8, 8), (6, 5)
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], bool]] = {
     "glow": (multiscale_glow, (6, 1, 8, 8), True),
-    "glow-plain": (lambda: multiscale_glow(use_lu=False, net_actnorm=True, class_cond=False), (6, 1, 8, 8), False),
+    "glow-plain": (lambda: multiscale_glow(use_lu=False, net_actnorm=True, class_cond=False, levels=3), (6, 1, 8, 8),
+                   False),
     "glow-additive": (lambda: multiscale_glow(scale=False, transform=True), (6, 1, 8, 8), True),
     "real-nvp": (real_nvp, VECTORS, False),
     "checkerboards": (checkerboards, IMAGES, False),

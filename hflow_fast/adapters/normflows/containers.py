@@ -16,7 +16,7 @@ def _to_data(flows: nn.ModuleList, z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _to_latent(flows: nn.ModuleList, x: Tensor) -> tuple[Tensor, Tensor]:
-    return evaluate(reversed(flows), x, sampling=False)
+    return evaluate(reversed(list(flows)), x, sampling=False)
 
 
 class NormalizingFlow(nf.NormalizingFlow):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Hashable, Iterable, Sequence
 
 import normflows as nf
@@ -166,20 +166,17 @@ class AffineCouplingBlock(Fused, nf.flows.AffineCouplingBlock):
     def links(self, x: Tensor, sampling: bool) -> Iterable[Link] | None:
         if not 2 <= x.dim() <= 4:
             return None
-        mode = self.flows[0].mode
-        if mode == "channel":
-            return [Coupling(self._raw, _spec_of(self.flows[1], "channels_ceil"), inverse=not sampling)]
+        split, layer, _ = self.flows
+        if split.mode == "channel":
+            spec = _spec_of(layer, "channels_ceil")
+            return [Coupling(partial(_raw_of_second_half, layer), spec, inverse=not sampling)]
 
         def function(x: Tensor) -> tuple[Tensor, Tensor]:
-            active, passive = _split(x, mode)
-            active, log_det = _transform(self.flows[1], passive, active, sampling)
-            return _merge(active, passive, mode), log_det
+            active, passive = _split(x, split.mode)
+            active, log_det = _transform(layer, passive, active, sampling)
+            return _merge(active, passive, split.mode), log_det
 
         return [Opaque(function)]
-
-    def _raw(self, x: Tensor) -> Tensor:
-        passive = (x.shape[1] + 1) // 2
-        return _raw(self.flows[1], x[:, :passive], (x.shape[0], x.shape[1] - passive, *x.shape[2:]))
 
 
 class GlowBlock(Fused, nf.flows.GlowBlock):
@@ -191,7 +188,7 @@ class GlowBlock(Fused, nf.flows.GlowBlock):
             inner.__class__ = FAST_LAYERS.get(type(inner), type(inner))
 
     def links(self, x: Tensor, sampling: bool) -> Iterable[Link] | None:
-        return links(self.flows if sampling else reversed(self.flows), x, sampling)
+        return links(self.flows if sampling else reversed(list(self.flows)), x, sampling)
 
 
 def _transform(layer: nf.flows.AffineCoupling, passive: Tensor, active: Tensor,
@@ -204,6 +201,11 @@ def _raw(layer: nf.flows.AffineCoupling, passive: Tensor, shape: Sequence[int]) 
     raw = layer.param_map(passive)
     # Shifts may be the same for all pixels; scales may not, their log-det would be wrong.
     return raw if layer.scale or raw.shape == shape else raw.expand(shape)
+
+
+def _raw_of_second_half(layer: nf.flows.AffineCoupling, x: Tensor) -> Tensor:
+    passive = (x.shape[1] + 1) // 2
+    return _raw(layer, x[:, :passive], (x.shape[0], x.shape[1] - passive, *x.shape[2:]))
 
 
 def _spec_of(layer: nf.flows.AffineCoupling, active: str) -> CouplingSpec:

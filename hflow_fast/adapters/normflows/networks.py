@@ -12,6 +12,8 @@ from .._state import is_set
 __all__ = ["ConvNet2d", "is_plain"]
 
 
+_COMPUTES_CHANNELS_LAST = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
+"""Whether a processor's convolutions reorder other activations to it and back. With AVX2 that is quicker still."""
 _PIXELS_WORTH_REORDERING = 512
 """Of a whole batch: with fewer, weights take longer to reorder than activations."""
 
@@ -30,25 +32,25 @@ class ConvNet2d(nf.nets.ConvNet2d):
 
     def _activated(self, x: Tensor) -> Tensor:
         folded = False
-        for index, layer in enumerate(self.net):
+        layers = list(self.net)
+        for index, layer in enumerate(layers):
             if isinstance(layer, nn.LeakyReLU):
                 # No convolution or actnorm needs its output for its gradient; a negative slope would need the input.
                 x = F.leaky_relu(x, layer.negative_slope, inplace=layer.negative_slope >= 0)
             elif isinstance(layer, nn.Conv2d):
-                norm = self._actnorm_behind(index)
+                norm = self._foldable(index, layers[index + 1:])
                 folded = norm is not None
                 x = _convolved(x, layer, norm) if folded else layer(x)
             elif not folded:
                 x = layer(x)
         return x
 
-    def _actnorm_behind(self, index: int) -> nf.flows.ActNorm | None:
-        """Which can be folded into convolution ``index``."""
-        following = self.net[index + 1] if index + 1 < len(self.net) else None
-        if not isinstance(following, nf.utils.ActNorm):
+    def _foldable(self, index: int, following: list[nn.Module]) -> nf.flows.ActNorm | None:
+        """The actnorm behind convolution ``index``, if there is one and it is initialised."""
+        if not following or not isinstance(following[0], nf.utils.ActNorm):
             return None
-        norm = following.actNorm
-        return norm if is_set(self, f"actnorm {index + 1}", norm.data_dep_init_done) else None
+        norm = following[0].actNorm
+        return norm if is_set(self, f"actnorm {index}", norm.data_dep_init_done) else None
 
 
 def is_plain(net: nf.nets.ConvNet2d) -> bool:
@@ -60,9 +62,7 @@ def is_plain(net: nf.nets.ConvNet2d) -> bool:
 
 
 def _is_reordered(x: Tensor) -> bool:
-    """Whether each convolution would reorder activations to channels_last and back, which is quicker with AVX2 only."""
-    return (x.device.type == "cpu" and x.dtype is torch.float32 and x.dim() == 4
-            and torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
+    return (_COMPUTES_CHANNELS_LAST and x.device.type == "cpu" and x.dtype is torch.float32 and x.dim() == 4
             and x.shape[0] * x.shape[2] * x.shape[3] >= _PIXELS_WORTH_REORDERING
             and not x.is_contiguous(memory_format=torch.channels_last))
 
