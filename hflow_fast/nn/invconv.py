@@ -12,6 +12,7 @@ from ._cache import ParameterCache
 from ._folding import ChannelMap, stack
 from ._fusion import LazyMap, Piece, per_sample
 from ._inversion import invert
+from ._plu import compose, decompose
 from .skew_exponential import Squarings, skew_exponential
 
 __all__ = ["InvConv1x1"]
@@ -54,13 +55,12 @@ class InvConv1x1(nn.Module):
             self.generator = nn.Parameter(torch.randn(channels, channels))
             self._squarings = Squarings()
         else:
-            permutation, lower, upper = torch.linalg.lu(rotation)
-            diagonal = upper.diagonal()
-            self.lower = nn.Parameter(lower.tril(-1))
-            self.upper = nn.Parameter(upper.triu(1))
-            self.log_diagonal = nn.Parameter(diagonal.abs().log())
-            self.register_buffer("sign", diagonal.sign())
-            self.register_buffer("permutation", permutation.argmax(dim=1))
+            lower, upper, sign, log_diagonal, order = decompose(rotation)
+            self.lower = nn.Parameter(lower)
+            self.upper = nn.Parameter(upper)
+            self.log_diagonal = nn.Parameter(log_diagonal)
+            self.register_buffer("sign", sign)
+            self.register_buffer("permutation", order)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Data (B, C, …) → latent and log|det| (B,). ``context`` is ignored."""
@@ -117,13 +117,10 @@ def _matrices(layers: Sequence[InvConv1x1]) -> tuple[Tensor, Tensor]:
     if layers[0].parametrization == "full":
         weights = stack([layer.weight for layer in layers])
         return weights, lu(weights)[0]
-    lower, upper, log_diagonal, sign, permutation = (
+    permutation, *factors = (
         stack([getattr(layer, name) for layer in layers])
-        for name in ("lower", "upper", "log_diagonal", "sign", "permutation"))
-    count, channels = log_diagonal.shape
-    lower = lower.tril(-1) + torch.eye(channels, dtype=lower.dtype, device=lower.device)
-    upper = upper.triu(1) + torch.diag_embed(sign * log_diagonal.exp())
-    with torch.autocast(lower.device.type, enabled=False):
-        product = lower @ upper
+        for name in ("permutation", "lower", "upper", "sign", "log_diagonal"))
+    product, log_dets = compose(*factors)
+    count, channels = permutation.shape
     rows = permutation + torch.arange(0, count * channels, channels, device=permutation.device)[:, None]
-    return product.flatten(0, 1).index_select(0, rows.flatten()).view_as(product), log_diagonal.sum(-1)
+    return product.flatten(0, 1).index_select(0, rows.flatten()).view_as(product), log_dets

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ...nn._data_init import channel_statistics
 from ...nn._inversion import invert
+from ...nn._plu import compose, decompose
 from ...ops import lu
 from .folding import Folding
 from .network import LOGS_FACTOR
@@ -46,23 +47,20 @@ class StepAffines(Folding):
                 self._decompose(rotation)
 
     def _decompose(self, rotation: Tensor) -> None:
-        order, lower, upper = torch.linalg.lu(rotation)
-        diagonal = upper.diagonal(dim1=1, dim2=2)
-        self.lower = nn.Parameter(lower.tril(-1))
-        self.upper = nn.Parameter(upper.triu(1))
-        self.log_diagonal = nn.Parameter(diagonal.abs().log())
-        self.register_buffer("sign", diagonal.sign())
-        self.register_buffer("order", order.argmax(dim=2))
+        lower, upper, sign, log_diagonal, order = decompose(rotation)
+        self.lower = nn.Parameter(lower)
+        self.upper = nn.Parameter(upper)
+        self.log_diagonal = nn.Parameter(log_diagonal)
+        self.register_buffer("sign", sign)
+        self.register_buffer("order", order)
 
     def matrices(self) -> tuple[Tensor, Tensor]:
         """The permutations' matrices (K, C, C) and their log|det| (K,)."""
         if self.permutation == "1x1":
             return self.weight, lu(self.weight)[0]
         if self.permutation == "1x1_lu":
-            lower, upper = self.lower.double().tril(-1), self.upper.double().triu(1)
-            identity = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
-            diagonal = torch.diag_embed(self.sign.double() * self.log_diagonal.double().exp())
-            product = (lower + identity) @ (upper + diagonal)
+            factors = (self.lower, self.upper, self.sign, self.log_diagonal)
+            product, _ = compose(*(factor.double() for factor in factors))
             matrices = product.take_along_dim(self.order[:, :, None], dim=1)
             return matrices.to(self.lower.dtype), self.log_diagonal.sum(dim=1)
         identity = torch.eye(self.order.shape[1], dtype=self.bias.dtype, device=self.bias.device)
