@@ -17,10 +17,11 @@ from torch import Tensor
 from .._checks import compute_dtype
 from ..nn._fusion import ChannelMap, Coupling, Evaluated, Opaque, Piece, run
 from ..nn._inversion import invert
+from ..nn._plu import compose
 from ._stacked import StackedMaps, fold, unstack
 
-__all__ = ["Map", "MapLayer", "Part", "Shuffle", "constant", "evaluate", "inverse_of", "plu", "squeezed", "unsqueezed",
-           "zeros"]
+__all__ = ["Map", "MapLayer", "Part", "Shuffle", "constant", "evaluate", "inverse_of", "pieces", "plu", "squeezed",
+           "unsqueezed", "zeros"]
 
 _MIXED_CHANNELS = 32
 """Up to as many channels a map is as good as free behind a coupling (:func:`hflow_fast.ops.flow_step`); with more, one
@@ -66,6 +67,8 @@ class Shuffle(NamedTuple):
     """Channel i of the result is channel ``order[i]``."""
 
     order: tuple[int, ...]
+    alone: Callable[[Tensor], Evaluated] | None = None
+    """A quicker way to evaluate it where nothing is folded with it."""
 
     @property
     def inverted(self) -> Shuffle:
@@ -99,28 +102,29 @@ def evaluate(parts: Iterable[Part], x: Tensor) -> Evaluated:
     Nothing is kept from call to call: the code around such models may write to ``parameter.data``, which leaves no
     trace.
     """
-    return run(_pieces(parts, x), x)
+    return run(pieces(parts, x), x)
 
 
-def _pieces(parts: Iterable[Part], x: Tensor) -> list[Piece]:
-    pieces: list[Piece | int] = []
+def pieces(parts: Iterable[Part], x: Tensor) -> list[Piece]:
+    """What :func:`evaluate` runs: neighbours folded."""
+    found: list[Piece | int] = []
     segments: list[Segment] = []
     for part in _segmented(parts):
         if not isinstance(part, list):
-            pieces.append(part)
+            found.append(part)
             continue
-        behind_coupling = bool(pieces) and isinstance(pieces[-1], Coupling)
+        behind_coupling = bool(found) and isinstance(found[-1], Coupling)
         if not any(isinstance(link, Map) and link.layer.mixes for link in part):
             if part[0].channels > _MIXED_CHANNELS or (len(part) == 1 and not behind_coupling):
-                pieces += map(_on_its_own, part)
+                found += map(_on_its_own, part)
                 continue
             if all(isinstance(link, Shuffle) for link in part):
-                pieces.append(_permutation(part[0].order, compute_dtype(x), x.device))
+                found.append(_permutation(part[0].order, compute_dtype(x), x.device))
                 continue
-        pieces.append(len(segments))
+        found.append(len(segments))
         segments.append(part)
     maps = _folded(segments, x)
-    return [maps[piece] if isinstance(piece, int) else piece for piece in pieces]
+    return [maps[piece] if isinstance(piece, int) else piece for piece in found]
 
 
 def _segmented(parts: Iterable[Part]) -> Iterable[Coupling | Opaque | Segment]:
@@ -147,7 +151,7 @@ def _segmented(parts: Iterable[Part]) -> Iterable[Coupling | Opaque | Segment]:
 def _on_its_own(part: Map | Shuffle) -> Opaque:
     if isinstance(part, Map):
         return Opaque(functools.partial(part.layer.alone, inverse=part.inverse))
-    return Opaque(lambda x: (x.index_select(1, _index(part.order, x.device)), zeros(x)))
+    return Opaque(part.alone or (lambda x: (x.index_select(1, _index(part.order, x.device)), zeros(x))))
 
 
 def _folded(segments: list[Segment], x: Tensor) -> list[ChannelMap]:
@@ -195,10 +199,9 @@ def inverse_of(maps: StackedMaps, layer: str) -> StackedMaps:
 
 
 def plu(permutation: Tensor, lower: Tensor, upper: Tensor, sign: Tensor, log_diagonal: Tensor) -> StackedMaps:
-    """P L (U + diag(±e^s)) of Glow (Eq. 10): matrices (N, C, C), of L and U the strict triangles; vectors (N, C)."""
-    identity = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
-    weight = permutation @ (lower.tril(-1) + identity) @ (upper.triu(1) + torch.diag_embed(sign * log_diagonal.exp()))
-    return StackedMaps(weight, None, log_diagonal.sum(dim=1))
+    """P times what :func:`compose` makes of the others: matrices (N, C, C), vectors (N, C)."""
+    product, log_det = compose(lower, upper, sign, log_diagonal)
+    return StackedMaps(permutation @ product, None, log_det)
 
 
 def squeezed(x: Tensor, factor: int) -> Tensor:

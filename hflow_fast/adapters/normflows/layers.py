@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ...nn._fusion import Coupling, Opaque
-from ...nn._inversion import invert
 from ...ops import CouplingSpec, actnorm, conv1x1, coupling, lu
+from .._chain import Map, Part, Shuffle, inverse_of, pieces, plu
 from .._stacked import StackedMaps
 from .._state import is_set
 from . import checkerboard
-from .chain import Fused, Link, links, pieces_of
+from .chain import Fused, call, parts_of
 from .networks import ConvNet2d
 
 __all__ = ["FAST_LAYERS", "SCALE_MAPS", "ActNorm", "AffineConstFlow", "AffineCoupling", "AffineCouplingBlock",
@@ -31,22 +31,22 @@ class AffineConstFlow(Fused, nf.flows.AffineConstFlow):
 
     mixes = False
 
-    def links(self, x: Tensor, sampling: bool) -> Iterable[Link] | None:
+    def parts(self, x: Tensor, sampling: bool) -> Iterable[Part] | None:
         # One channel may be spread over many, which only the stock layer does.
-        fits = self.s.dim() == x.dim() <= 4 and 1 < self.channels() == self.s.numel() == self.t.numel()
-        return [self] if fits else None
+        fits = self.s.dim() == x.dim() <= 4 and 1 < self.map_channels() == self.s.numel() == self.t.numel()
+        return [Map(self, sampling)] if fits else None
 
-    def kind(self, x: Tensor) -> Hashable:
-        return AffineConstFlow, self.channels(), self.s.dim(), self.s.dtype, self.s.device
+    def kind(self) -> Hashable:
+        return self.map_channels(), self.s.dtype, self.s.device
 
-    def channels(self) -> int:
+    def map_channels(self) -> int:
         return self.s.shape[1]
 
     @staticmethod
-    def stacked(layers: Sequence[AffineConstFlow], x: Tensor, sampling: bool) -> StackedMaps:
+    def stacked(layers: Sequence[AffineConstFlow], inverse: bool) -> StackedMaps:
         log_scale = torch.stack([layer.s for layer in layers]).flatten(1)
         shift = torch.stack([layer.t for layer in layers]).flatten(1)
-        if sampling:
+        if inverse:
             return StackedMaps(log_scale.exp(), shift, log_scale.sum(1))
         weight = torch.exp(-log_scale)
         return StackedMaps(weight, -weight * shift, -log_scale.sum(1))
@@ -59,8 +59,8 @@ class AffineConstFlow(Fused, nf.flows.AffineConstFlow):
 class ActNorm(AffineConstFlow, nf.flows.ActNorm):
     """An :class:`AffineConstFlow` that the first batch initialises, as the stock layer does."""
 
-    def links(self, x: Tensor, sampling: bool) -> Iterable[Link] | None:
-        return super().links(x, sampling) if is_set(self, "data_dep_init_done") else None
+    def parts(self, x: Tensor, sampling: bool) -> Iterable[Part] | None:
+        return super().parts(x, sampling) if is_set(self, "data_dep_init_done") else None
 
 
 class Invertible1x1Conv(Fused, nf.flows.Invertible1x1Conv):
@@ -68,35 +68,30 @@ class Invertible1x1Conv(Fused, nf.flows.Invertible1x1Conv):
 
     mixes = True
 
-    def links(self, x: Tensor, sampling: bool) -> Iterable[Link] | None:
-        return [self] if x.dim() == 4 else None
+    def parts(self, x: Tensor, sampling: bool) -> Iterable[Part] | None:
+        return [Map(self, sampling)] if x.dim() == 4 else None
 
-    def kind(self, x: Tensor) -> Hashable:
+    def kind(self) -> Hashable:
         parameter = self.log_S if self.use_lu else self.W
-        return Invertible1x1Conv, self.use_lu, self.num_channels, parameter.dtype, parameter.device
+        return self.use_lu, self.num_channels, parameter.dtype, parameter.device
 
-    def channels(self) -> int:
+    def map_channels(self) -> int:
         return self.num_channels
 
     @staticmethod
-    def stacked(layers: Sequence[Invertible1x1Conv], x: Tensor, sampling: bool) -> StackedMaps:
+    def stacked(layers: Sequence[Invertible1x1Conv], inverse: bool) -> StackedMaps:
         if layers[0].use_lu:
-            permutation, lower, upper, sign, log_diagonal = (
-                torch.stack([getattr(layer, name) for layer in layers]) for name in ("P", "L", "U", "sign_S", "log_S"))
-            lower = lower.tril(-1) + layers[0].eye
-            upper = upper.triu(1) + torch.diag_embed(sign * log_diagonal.exp())
-            weight, log_det = permutation @ (lower @ upper), log_diagonal.sum(1)
+            maps = plu(*(torch.stack([getattr(layer, name) for layer in layers])
+                         for name in ("P", "L", "U", "sign_S", "log_S")))
         else:
             weight = torch.stack([layer.W for layer in layers])
-            log_det = lu(weight)[0]
-        if not sampling:
-            return StackedMaps(weight, None, log_det)
-        # On a GPU, looking for singular matrices would stall each call.
-        inverse = invert(weight, "Invertible1x1Conv") if weight.device.type == "cpu" else lu(weight.double())[1]
-        return StackedMaps(inverse, None, -log_det)
+            maps = StackedMaps(weight, None, lu(weight)[0])
+        if inverse and maps.weight.device.type != "cpu":  # where looking for singular matrices would stall each call
+            return StackedMaps(lu(maps.weight.double())[1], None, -maps.log_det)
+        return inverse_of(maps, "Invertible1x1Conv") if inverse else maps
 
     def _evaluate(self, z: Tensor, sampling: bool) -> tuple[Tensor, Tensor]:
-        channel_map, = pieces_of([self], z, sampling)
+        channel_map, = pieces(self.parts(z, sampling), z)
         return conv1x1(z, channel_map.weight), channel_map.log_det * math.prod(z.shape[2:])
 
 
@@ -105,26 +100,26 @@ class Permute(Fused, nf.flows.Permute):
 
     mixes = False
 
-    def links(self, x: Tensor, sampling: bool) -> Iterable[Link] | None:
-        return [self] if x.dim() <= 4 and self.num_channels == x.shape[1] else None
+    def parts(self, x: Tensor, sampling: bool) -> Iterable[Part] | None:
+        if x.dim() > 4 or self.num_channels != x.shape[1]:
+            return None
+        if self.mode == "shuffle":
+            return [Map(self, sampling)]
+        half = self.num_channels // 2
+        start = half if sampling else self.num_channels - half
+        return [Shuffle((*range(start, self.num_channels), *range(start)), partial(call, self, sampling))]
 
-    def kind(self, x: Tensor) -> Hashable:
-        return Permute, self.mode, self.num_channels
+    def kind(self) -> Hashable:
+        return self.num_channels, self.perm.device
 
-    def channels(self) -> int:
+    def map_channels(self) -> int:
         return self.num_channels
 
     @staticmethod
-    def stacked(layers: Sequence[Permute], x: Tensor, sampling: bool) -> StackedMaps:
-        identity = torch.eye(layers[0].num_channels, dtype=x.dtype, device=x.device)
-        weight = torch.stack([layer._order(identity, sampling) for layer in layers])
+    def stacked(layers: Sequence[Permute], inverse: bool) -> StackedMaps:
+        identity = torch.eye(layers[0].num_channels, device=layers[0].perm.device)
+        weight = torch.stack([identity[layer.perm if inverse else layer.inv_perm] for layer in layers])
         return StackedMaps(weight, None, weight.new_zeros(len(layers)))
-
-    def _order(self, rows: Tensor, sampling: bool) -> Tensor:
-        if self.mode == "shuffle":
-            return rows[self.perm if sampling else self.inv_perm]
-        half = self.num_channels // 2
-        return rows.roll(-half if sampling else half, 0)
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Latent → data and log|det| (B,); alone it is a copy in any case."""
@@ -163,7 +158,7 @@ class AffineCouplingBlock(Fused, nf.flows.AffineCouplingBlock):
         super().__init__(*args, **kwargs)
         self.flows[1].__class__ = AffineCoupling
 
-    def links(self, x: Tensor, sampling: bool) -> Iterable[Link] | None:
+    def parts(self, x: Tensor, sampling: bool) -> Iterable[Part] | None:
         if not 2 <= x.dim() <= 4:
             return None
         split, layer, _ = self.flows
@@ -187,8 +182,8 @@ class GlowBlock(Fused, nf.flows.GlowBlock):
         for inner in self.flows.modules():
             inner.__class__ = FAST_LAYERS.get(type(inner), type(inner))
 
-    def links(self, x: Tensor, sampling: bool) -> Iterable[Link] | None:
-        return links(self.flows if sampling else reversed(list(self.flows)), x, sampling)
+    def parts(self, x: Tensor, sampling: bool) -> Iterable[Part] | None:
+        return parts_of(self.flows if sampling else reversed(list(self.flows)), x, sampling)
 
 
 def _transform(layer: nf.flows.AffineCoupling, passive: Tensor, active: Tensor,
