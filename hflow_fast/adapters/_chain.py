@@ -1,7 +1,7 @@
 """Chains of layers that permute, mix or couple channels, as the pieces of :mod:`hflow_fast.nn._fusion`.
 
 All that stands between two couplings becomes one map, permutations included; and the maps of a whole chain are
-assembled together (:mod:`._stacked`), in as many calls as those of one layer.
+assembled together, in as many calls as those of one layer.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._checks import compute_dtype
-from ..nn._fusion import ChannelMap, Coupling, Evaluated, Opaque, Piece, run
-from ..nn._inversion import invert
+from ..nn._folding import ChannelMap, fold, unstack
+from ..nn._fusion import Coupling, Evaluated, Opaque, Piece, run
 from ..nn._plu import compose
-from ._stacked import StackedMaps, fold, unstack
 
-__all__ = ["Map", "MapLayer", "Part", "Shuffle", "constant", "evaluate", "inverse_of", "pieces", "plu", "squeezed",
-           "unsqueezed", "zeros"]
+__all__ = ["Map", "MapLayer", "Part", "Shuffle", "constant", "evaluate", "pieces", "plu", "squeezed", "unsqueezed",
+           "zeros"]
 
 _MIXED_CHANNELS = 32
 """Up to as many channels a map is as good as free behind a coupling (:func:`hflow_fast.ops.flow_step`); with more, one
@@ -44,7 +43,7 @@ class MapLayer(Protocol):
         """One pass without a matrix; where it does not mix."""
 
     @staticmethod
-    def stacked(layers: Sequence[Any], inverse: bool) -> StackedMaps:
+    def stacked(layers: Sequence[Any], inverse: bool) -> ChannelMap:
         """The maps of ``layers``, all of one kind; float64 where a matrix is inverted."""
 
 
@@ -169,13 +168,13 @@ def _folded(segments: list[Segment], x: Tensor) -> list[ChannelMap]:
     return maps
 
 
-def _stacked(links: tuple[Map | Shuffle, ...]) -> StackedMaps | Shuffle:
+def _stacked(links: tuple[Map | Shuffle, ...]) -> ChannelMap | Shuffle:
     """Links of one kind."""
     first = links[0]
     return first if isinstance(first, Shuffle) else first.layer.stacked([link.layer for link in links], first.inverse)
 
 
-def _fold(first: StackedMaps | Shuffle, second: StackedMaps | Shuffle) -> StackedMaps:
+def _fold(first: ChannelMap | Shuffle, second: ChannelMap | Shuffle) -> ChannelMap:
     """``second`` after ``first``, of which one at most is a shuffle."""
     if isinstance(first, Shuffle):
         columns = _index(first.inverted.order, second.weight.device)
@@ -191,17 +190,10 @@ def _matrices(weight: Tensor) -> Tensor:
     return torch.diag_embed(weight) if weight.dim() == 2 else weight
 
 
-def inverse_of(maps: StackedMaps, layer: str) -> StackedMaps:
-    """x = W⁻¹ (y − b) in float64; warnings about a singular W call it ``layer``."""
-    weight = invert(maps.weight, layer)
-    bias = None if maps.bias is None else -(weight @ maps.bias.to(weight.dtype).unsqueeze(-1)).squeeze(-1)
-    return StackedMaps(weight, bias, -maps.log_det)
-
-
-def plu(permutation: Tensor, lower: Tensor, upper: Tensor, sign: Tensor, log_diagonal: Tensor) -> StackedMaps:
+def plu(permutation: Tensor, lower: Tensor, upper: Tensor, sign: Tensor, log_diagonal: Tensor) -> ChannelMap:
     """P times what :func:`compose` makes of the others: matrices (N, C, C), vectors (N, C)."""
     product, log_det = compose(lower, upper, sign, log_diagonal)
-    return StackedMaps(permutation @ product, None, log_det)
+    return ChannelMap(permutation @ product, None, log_det)
 
 
 def squeezed(x: Tensor, factor: int) -> Tensor:

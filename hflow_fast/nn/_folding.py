@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ..ops import lu
 from ._inversion import invert
 
-__all__ = ["ChannelMap", "Evaluated", "LazyMap", "Map", "fold", "fold_all", "invert_all", "is_diagonal", "stack"]
+__all__ = ["ChannelMap", "Evaluated", "LazyMap", "Map", "fold", "fold_all", "invert_all", "inverted", "is_diagonal",
+           "stack", "unstack"]
 
 Evaluated = tuple[Tensor, Tensor]
 """A result and its log|det| (B,)."""
@@ -93,7 +94,7 @@ def fold_all(groups: Sequence[Sequence[Map]], dtype: torch.dtype, name: str) -> 
         if any(inverse):
             indices.reverse()  # warnings count from data to latent
         stacks = [_stack(column) for column in zip(*(groups[index] for index in indices))]
-        folded.update(zip(indices, _unstack(_fold_stacks(stacks, inverse, dtype, name))))
+        folded.update(zip(indices, unstack(_fold_stacks(stacks, inverse, dtype, name), dtype)))
     return [folded[index] for index in range(len(groups))]
 
 
@@ -101,8 +102,8 @@ def invert_all(maps: Sequence[ChannelMap]) -> list[ChannelMap]:
     """The inverses of maps, each in the map's dtype, those of one size in one go."""
     inverses: dict[int, ChannelMap] = {}
     for indices in _alike([(map,) for map in maps]):
-        inverse = _inverted(_stack([maps[index] for index in indices]), None)
-        inverses.update(zip(indices, _unstack(_rounded(inverse, maps[indices[0]].weight.dtype))))
+        inverse = inverted(_stack([maps[index] for index in indices]), None)
+        inverses.update(zip(indices, unstack(inverse, maps[indices[0]].weight.dtype)))
     return [inverses[index] for index in range(len(maps))]
 
 
@@ -111,11 +112,11 @@ def _fold_stacks(stacks: list[ChannelMap], inverse: list[bool], dtype: torch.dty
     parts = []
     for undone, run in groupby(zip(inverse, stacks), key=lambda pair: pair[0]):
         maps = [stack for _, stack in run]
-        parts.append(_inverted(_rounded(reduce(fold, reversed(maps)), dtype), name) if undone else reduce(fold, maps))
-    return _rounded(reduce(fold, parts), dtype)
+        parts.append(inverted(_rounded(reduce(fold, reversed(maps)), dtype), name) if undone else reduce(fold, maps))
+    return reduce(fold, parts)
 
 
-def _inverted(maps: ChannelMap, name: str | None) -> ChannelMap:
+def inverted(maps: ChannelMap, name: str | None) -> ChannelMap:
     """The inverses of a stack in float64, to be rounded once. With a name, warns of numerically singular matrices."""
     if is_diagonal(maps):
         weight = maps.weight.double().reciprocal()
@@ -153,10 +154,12 @@ def _stack(maps: Sequence[Map]) -> ChannelMap:
     return ChannelMap(stack(weights), None if biases[0] is None else stack(biases), stack(log_dets))
 
 
-def _unstack(maps: ChannelMap) -> list[ChannelMap]:
-    weights, log_dets = maps.weight.unbind(), maps.log_det.unbind()
-    biases = (None,) * len(weights) if maps.bias is None else maps.bias.unbind()
-    return [ChannelMap(*fields) for fields in zip(weights, biases, log_dets)]
+def unstack(maps: ChannelMap, dtype: torch.dtype) -> list[ChannelMap]:
+    """One by one, rounded to ``dtype``; log-dets in it or better."""
+    maps = _rounded(maps, dtype)
+    log_dets = maps.log_det.to(torch.promote_types(maps.log_det.dtype, dtype)).unbind()
+    biases = (None,) * len(log_dets) if maps.bias is None else maps.bias.unbind()
+    return [ChannelMap(*fields) for fields in zip(maps.weight.unbind(), biases, log_dets)]
 
 
 def stack(tensors: Sequence[Tensor]) -> Tensor:

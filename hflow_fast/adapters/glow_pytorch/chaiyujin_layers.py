@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...nn._folding import ChannelMap, inverted
 from ...nn._fusion import Evaluated, Opaque
 from ...ops import actnorm, lu
-from .._chain import Map, Part, Shuffle, inverse_of, plu, zeros
-from .._stacked import StackedMaps
+from .._chain import Map, Part, Shuffle, plu, zeros
 from .port import Port, evaluate_as_stock, is_watched
 
 __all__ = ["ORIGIN", "ActNorm2d", "Conv2d", "InvertibleConv1x1", "Layer", "LogDet", "Permute2d", "parts_of"]
@@ -95,12 +95,12 @@ class ActNorm2d(Layer):
         return actnorm(x, -log_scale, -bias) if inverse else actnorm(x, log_scale, bias * log_scale.exp())
 
     @staticmethod
-    def stacked(layers: Sequence[ActNorm2d], inverse: bool) -> StackedMaps:
+    def stacked(layers: Sequence[ActNorm2d], inverse: bool) -> ChannelMap:
         bias, log_scale = (torch.stack(tensors).flatten(1) for tensors in zip(*(layer.tensors() for layer in layers)))
         if inverse:
-            return StackedMaps(torch.exp(-log_scale.double()), -bias, -log_scale.sum(dim=1))
+            return ChannelMap(torch.exp(-log_scale.double()), -bias, -log_scale.sum(dim=1))
         scale = log_scale.exp()
-        return StackedMaps(scale, bias * scale, log_scale.sum(dim=1))
+        return ChannelMap(scale, bias * scale, log_scale.sum(dim=1))
 
 
 class InvertibleConv1x1(Layer):
@@ -137,10 +137,10 @@ class InvertibleConv1x1(Layer):
         return self.p, lower, upper, self.sign_s, self.log_s
 
     @staticmethod
-    def stacked(layers: Sequence[InvertibleConv1x1], inverse: bool) -> StackedMaps:
+    def stacked(layers: Sequence[InvertibleConv1x1], inverse: bool) -> ChannelMap:
         tensors = [torch.stack(tensors) for tensors in zip(*(layer.tensors() for layer in layers))]
-        maps = plu(*tensors) if len(tensors) > 1 else StackedMaps(tensors[0], None, lu(tensors[0])[0])
-        return inverse_of(maps, "InvertibleConv1x1") if inverse else maps
+        maps = plu(*tensors) if len(tensors) > 1 else ChannelMap(tensors[0], None, lu(tensors[0])[0])
+        return inverted(maps, "InvertibleConv1x1") if inverse else maps
 
 
 def _triangle_names(module: nn.Module) -> tuple[str, str]:

@@ -8,10 +8,10 @@ from typing import Any, Hashable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from ...nn._folding import ChannelMap, inverted
 from ...nn._fusion import Coupling, Evaluated, Opaque
 from ...ops import CouplingSpec, coupling, lu
-from .._chain import Map, Part, evaluate, inverse_of, plu, squeezed, unsqueezed, zeros
-from .._stacked import StackedMaps
+from .._chain import Map, Part, evaluate, plu, squeezed, unsqueezed, zeros
 from .._state import is_set
 from .port import Port, evaluate_as_stock, first_convolution_inputs, is_watched, normal_log_prob
 
@@ -99,13 +99,13 @@ class ActNorm(_Layer):
         return y, (-log_det if inverse else log_det).expand(len(x))
 
     @staticmethod
-    def stacked(layers: Sequence[ActNorm], inverse: bool) -> StackedMaps:
+    def stacked(layers: Sequence[ActNorm], inverse: bool) -> ChannelMap:
         scale, loc = (torch.stack(tensors).flatten(1) for tensors in zip(*(
             (layer.scale, layer.loc) for layer in layers)))
         log_det = scale.abs().log().sum(dim=1)
         if inverse:
-            return StackedMaps(scale.double().reciprocal(), -loc, -log_det)
-        return StackedMaps(scale, scale * loc, log_det)
+            return ChannelMap(scale.double().reciprocal(), -loc, -log_det)
+        return ChannelMap(scale, scale * loc, log_det)
 
 
 class InvConv2d(_Layer):
@@ -131,10 +131,10 @@ class InvConv2d(_Layer):
         return self.weight.shape[0]
 
     @staticmethod
-    def stacked(layers: Sequence[InvConv2d], inverse: bool) -> StackedMaps:
+    def stacked(layers: Sequence[InvConv2d], inverse: bool) -> ChannelMap:
         weight = torch.stack([layer.weight for layer in layers])[..., 0, 0]
-        maps = StackedMaps(weight, None, lu(weight)[0])
-        return inverse_of(maps, "InvConv2d") if inverse else maps
+        maps = ChannelMap(weight, None, lu(weight)[0])
+        return inverted(maps, "InvConv2d") if inverse else maps
 
 
 class InvConv2dLU(_Layer):
@@ -166,9 +166,9 @@ class InvConv2dLU(_Layer):
         return self.w_p, self.w_l, self.w_u, self.s_sign, self.w_s
 
     @staticmethod
-    def stacked(layers: Sequence[InvConv2dLU], inverse: bool) -> StackedMaps:
+    def stacked(layers: Sequence[InvConv2dLU], inverse: bool) -> ChannelMap:
         maps = plu(*(torch.stack(tensors) for tensors in zip(*(layer.tensors() for layer in layers))))
-        return inverse_of(maps, "InvConv2dLU") if inverse else maps
+        return inverted(maps, "InvConv2dLU") if inverse else maps
 
 
 class AffineCoupling(_Layer):

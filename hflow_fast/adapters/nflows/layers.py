@@ -11,10 +11,10 @@ from nflows import transforms
 from nflows.transforms.base import Transform
 from torch import Tensor
 
+from ...nn._folding import ChannelMap, inverted
 from ...nn._fusion import Coupling, Evaluated, Opaque
 from ...ops import CouplingSpec, actnorm
-from .._chain import Map, Part, Shuffle, constant, evaluate, inverse_of, squeezed, unsqueezed, zeros
-from .._stacked import StackedMaps
+from .._chain import Map, Part, Shuffle, constant, evaluate, squeezed, unsqueezed, zeros
 from .._state import cache_of, is_set
 
 __all__ = ["ActNorm", "AdditiveCouplingTransform", "AffineCouplingTransform", "Fused", "LULinear",
@@ -74,13 +74,13 @@ class ActNorm(Fused, transforms.ActNorm):
         return actnorm(x, self.log_scale, self.shift, inverse=inverse)
 
     @staticmethod
-    def stacked(layers: Sequence[ActNorm], inverse: bool) -> StackedMaps:
+    def stacked(layers: Sequence[ActNorm], inverse: bool) -> ChannelMap:
         log_scale = torch.stack([layer.log_scale for layer in layers])
         shift = torch.stack([layer.shift for layer in layers])
         if not inverse:
-            return StackedMaps(log_scale.exp(), shift, log_scale.sum(dim=1))
+            return ChannelMap(log_scale.exp(), shift, log_scale.sum(dim=1))
         scale = torch.exp(-log_scale.double())
-        return StackedMaps(scale, -shift * scale, -log_scale.sum(dim=1))
+        return ChannelMap(scale, -shift * scale, -log_scale.sum(dim=1))
 
     def _initialize_and_apply(self, inputs: Tensor) -> Evaluated:
         self._initialize(inputs)
@@ -114,14 +114,14 @@ class LULinear(Fused, transforms.LULinear):
         return self.lower_entries, self.upper_entries, self.unconstrained_upper_diag, self.bias
 
     @classmethod
-    def stacked(cls, layers: Sequence[LULinear], inverse: bool) -> StackedMaps:
+    def stacked(cls, layers: Sequence[LULinear], inverse: bool) -> ChannelMap:
         if not all(layer.using_cache and not layer.training for layer in layers):
             return cls._assembled(layers, inverse)
         tensors = [tensor for layer in layers for tensor in layer.tensors()]
         return cache_of(layers[0]).get((inverse, len(layers)), tensors, lambda: cls._assembled(layers, inverse))
 
     @classmethod
-    def _assembled(cls, layers: Sequence[LULinear], inverse: bool) -> StackedMaps:
+    def _assembled(cls, layers: Sequence[LULinear], inverse: bool) -> ChannelMap:
         first = layers[0]
         lower_entries, upper_entries, diagonal, bias = (
             torch.stack(tensors) for tensors in zip(*(layer.tensors()[:4] for layer in layers)))
@@ -132,8 +132,8 @@ class LULinear(Fused, transforms.LULinear):
         lower = lower.index_copy(1, lower_places, lower_entries).index_fill(1, diagonal_places, 1)
         upper = upper.index_copy(1, upper_places, upper_entries).index_copy(1, diagonal_places, diagonal)
         weight = lower.view(-1, features, features) @ cls._permuted(upper.view(-1, features, features), layers)
-        maps = StackedMaps(weight, bias, diagonal.log().sum(dim=1))
-        return inverse_of(maps, type(first).__name__) if inverse else maps
+        maps = ChannelMap(weight, bias, diagonal.log().sum(dim=1))
+        return inverted(maps, type(first).__name__) if inverse else maps
 
     @staticmethod
     def _permuted(upper: Tensor, layers: Sequence[LULinear]) -> Tensor:

@@ -10,10 +10,10 @@ import normflows as nf
 import torch
 from torch import Tensor, nn
 
+from ...nn._folding import ChannelMap, inverted
 from ...nn._fusion import Coupling, Opaque
 from ...ops import CouplingSpec, actnorm, conv1x1, coupling, lu
-from .._chain import Map, Part, Shuffle, inverse_of, pieces, plu
-from .._stacked import StackedMaps
+from .._chain import Map, Part, Shuffle, pieces, plu
 from .._state import is_set
 from . import checkerboard
 from .chain import Fused, call, parts_of
@@ -43,13 +43,13 @@ class AffineConstFlow(Fused, nf.flows.AffineConstFlow):
         return self.s.shape[1]
 
     @staticmethod
-    def stacked(layers: Sequence[AffineConstFlow], inverse: bool) -> StackedMaps:
+    def stacked(layers: Sequence[AffineConstFlow], inverse: bool) -> ChannelMap:
         log_scale = torch.stack([layer.s for layer in layers]).flatten(1)
         shift = torch.stack([layer.t for layer in layers]).flatten(1)
         if inverse:
-            return StackedMaps(log_scale.exp(), shift, log_scale.sum(1))
+            return ChannelMap(log_scale.exp(), shift, log_scale.sum(1))
         weight = torch.exp(-log_scale)
-        return StackedMaps(weight, -weight * shift, -log_scale.sum(1))
+        return ChannelMap(weight, -weight * shift, -log_scale.sum(1))
 
     def _evaluate(self, z: Tensor, sampling: bool) -> tuple[Tensor, Tensor]:
         y, _ = actnorm(z, self.s.flatten(), self.t.flatten(), inverse=not sampling)
@@ -79,16 +79,16 @@ class Invertible1x1Conv(Fused, nf.flows.Invertible1x1Conv):
         return self.num_channels
 
     @staticmethod
-    def stacked(layers: Sequence[Invertible1x1Conv], inverse: bool) -> StackedMaps:
+    def stacked(layers: Sequence[Invertible1x1Conv], inverse: bool) -> ChannelMap:
         if layers[0].use_lu:
             maps = plu(*(torch.stack([getattr(layer, name) for layer in layers])
                          for name in ("P", "L", "U", "sign_S", "log_S")))
         else:
             weight = torch.stack([layer.W for layer in layers])
-            maps = StackedMaps(weight, None, lu(weight)[0])
-        if inverse and maps.weight.device.type != "cpu":  # where looking for singular matrices would stall each call
-            return StackedMaps(lu(maps.weight.double())[1], None, -maps.log_det)
-        return inverse_of(maps, "Invertible1x1Conv") if inverse else maps
+            maps = ChannelMap(weight, None, lu(weight)[0])
+        # On a GPU, looking for singular matrices would stall each call.
+        name = "Invertible1x1Conv" if maps.weight.device.type == "cpu" else None
+        return inverted(maps, name) if inverse else maps
 
     def _evaluate(self, z: Tensor, sampling: bool) -> tuple[Tensor, Tensor]:
         channel_map, = pieces(self.parts(z, sampling), z)
@@ -116,10 +116,10 @@ class Permute(Fused, nf.flows.Permute):
         return self.num_channels
 
     @staticmethod
-    def stacked(layers: Sequence[Permute], inverse: bool) -> StackedMaps:
+    def stacked(layers: Sequence[Permute], inverse: bool) -> ChannelMap:
         identity = torch.eye(layers[0].num_channels, device=layers[0].perm.device)
         weight = torch.stack([identity[layer.perm if inverse else layer.inv_perm] for layer in layers])
-        return StackedMaps(weight, None, weight.new_zeros(len(layers)))
+        return ChannelMap(weight, None, weight.new_zeros(len(layers)))
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Latent → data and log|det| (B,); alone it is a copy in any case."""
