@@ -1,0 +1,246 @@
+"""The layers of normflows that run fused."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any, Hashable, Iterable, Sequence
+
+import normflows as nf
+import torch
+from torch import Tensor, nn
+
+from ...nn._fusion import Coupling, Opaque
+from ...nn._inversion import invert
+from ...ops import CouplingSpec, actnorm, conv1x1, coupling, lu
+from .._stacked import StackedMaps
+from .._state import is_set
+from . import checkerboard
+from .chain import Fused, Link, links, pieces_of
+from .networks import ConvNet2d
+
+__all__ = ["FAST_LAYERS", "SCALE_MAPS", "ActNorm", "AffineConstFlow", "AffineCoupling", "AffineCouplingBlock",
+           "GlowBlock", "Invertible1x1Conv", "Permute"]
+
+SCALE_MAPS = {"exp": "exp", "sigmoid": "sigmoid_inverse", "sigmoid_inv": "sigmoid"}
+"""From normflows' names to ours: both are of the sampling direction, x = a(s) z + t."""
+
+
+class AffineConstFlow(Fused, nf.flows.AffineConstFlow):
+    """z ↔ z·e^s + t per channel, sampling by multiplying."""
+
+    mixes = False
+
+    def links(self, x: Tensor, sampling: bool) -> Iterable[Link] | None:
+        # One channel may be spread over many, which only the stock layer does.
+        fits = self.s.dim() == x.dim() <= 4 and 1 < self.channels() == self.s.numel() == self.t.numel()
+        return [self] if fits else None
+
+    def kind(self, x: Tensor) -> Hashable:
+        return AffineConstFlow, self.channels(), self.s.dim(), self.s.dtype, self.s.device
+
+    def channels(self) -> int:
+        return self.s.shape[1]
+
+    def tensors(self) -> Sequence[Tensor]:
+        return self.s, self.t
+
+    @staticmethod
+    def stacked(layers: Sequence[AffineConstFlow], x: Tensor, sampling: bool) -> StackedMaps:
+        log_scale = torch.stack([layer.s for layer in layers]).flatten(1)
+        shift = torch.stack([layer.t for layer in layers]).flatten(1)
+        if sampling:
+            return StackedMaps(log_scale.exp(), shift, log_scale.sum(1))
+        weight = torch.exp(-log_scale)
+        return StackedMaps(weight, -weight * shift, -log_scale.sum(1))
+
+    def _evaluate(self, z: Tensor, sampling: bool) -> tuple[Tensor, Tensor]:
+        y, _ = actnorm(z, self.s.flatten(), self.t.flatten(), inverse=not sampling)
+        return y, self.s.sum() * (math.prod(z.shape[2:]) if sampling else -math.prod(z.shape[2:]))
+
+
+class ActNorm(AffineConstFlow, nf.flows.ActNorm):
+    """An :class:`AffineConstFlow` that the first batch initialises, as the stock layer does."""
+
+    def links(self, x: Tensor, sampling: bool) -> Iterable[Link] | None:
+        return super().links(x, sampling) if is_set(self, "data_dep_init_done") else None
+
+
+class Invertible1x1Conv(Fused, nf.flows.Invertible1x1Conv):
+    """The inverse 1 × 1 convolution when sampling. Inverted in float64; kept while gradients are off."""
+
+    mixes = True
+
+    def links(self, x: Tensor, sampling: bool) -> Iterable[Link] | None:
+        return [self] if x.dim() == 4 else None
+
+    def kind(self, x: Tensor) -> Hashable:
+        parameter = self.log_S if self.use_lu else self.W
+        return Invertible1x1Conv, self.use_lu, self.num_channels, parameter.dtype, parameter.device
+
+    def channels(self) -> int:
+        return self.num_channels
+
+    def tensors(self) -> Sequence[Tensor]:
+        return (self.P, self.L, self.U, self.sign_S, self.log_S) if self.use_lu else (self.W,)
+
+    @staticmethod
+    def stacked(layers: Sequence[Invertible1x1Conv], x: Tensor, sampling: bool) -> StackedMaps:
+        if layers[0].use_lu:
+            permutation, lower, upper, sign, log_diagonal = map(torch.stack, zip(*(layer.tensors() for layer in layers)))
+            lower = lower.tril(-1) + layers[0].eye
+            upper = upper.triu(1) + torch.diag_embed(sign * log_diagonal.exp())
+            weight, log_det = permutation @ (lower @ upper), log_diagonal.sum(1)
+        else:
+            weight = torch.stack([layer.W for layer in layers])
+            log_det = lu(weight)[0]
+        return StackedMaps(invert(weight, "Invertible1x1Conv"), None, -log_det) if sampling else \
+            StackedMaps(weight, None, log_det)
+
+    def _evaluate(self, z: Tensor, sampling: bool) -> tuple[Tensor, Tensor]:
+        channel_map, = pieces_of(self, "alone", [self], z, sampling)
+        return conv1x1(z, channel_map.weight), channel_map.log_det * math.prod(z.shape[2:])
+
+
+class Permute(Fused, nf.flows.Permute):
+    """A permutation of the channels, which disappears in the maps and couplings beside it."""
+
+    mixes = False
+
+    def links(self, x: Tensor, sampling: bool) -> Iterable[Link] | None:
+        return [self] if x.dim() <= 4 and self.num_channels == x.shape[1] else None
+
+    def kind(self, x: Tensor) -> Hashable:
+        return Permute, self.mode, self.num_channels
+
+    def channels(self) -> int:
+        return self.num_channels
+
+    def tensors(self) -> Sequence[Tensor]:
+        return (self.perm, self.inv_perm) if self.mode == "shuffle" else ()
+
+    @staticmethod
+    def stacked(layers: Sequence[Permute], x: Tensor, sampling: bool) -> StackedMaps:
+        identity = torch.eye(layers[0].num_channels, dtype=x.dtype, device=x.device)
+        weight = torch.stack([layer._order(identity, sampling) for layer in layers])
+        return StackedMaps(weight, None, weight.new_zeros(len(layers)))
+
+    def _order(self, rows: Tensor, sampling: bool) -> Tensor:
+        if self.mode == "shuffle":
+            return rows[self.perm if sampling else self.inv_perm]
+        half = self.num_channels // 2
+        return rows.roll(-half if sampling else half, 0)
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Latent → data and log|det| (B,); alone it is a copy in any case."""
+        return nf.flows.Permute.forward(self, z, context)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Data → latent and log|det| (B,)."""
+        return nf.flows.Permute.inverse(self, z, context)
+
+
+class AffineCoupling(nf.flows.AffineCoupling):
+    """The coupling of two separate parts."""
+
+    def forward(self, z: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """Latent [z1, z2] → data and log|det| (B,)."""
+        found = self._couple(z, True)
+        return super().forward(z) if found is None else found
+
+    def inverse(self, z: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """Data [z1, z2] → latent and log|det| (B,)."""
+        found = self._couple(z, False)
+        return super().inverse(z) if found is None else found
+
+    def _couple(self, z: Sequence[Tensor], sampling: bool) -> tuple[list[Tensor], Tensor] | None:
+        z1, z2 = z
+        if not 2 <= z2.dim() <= 4:
+            return None
+        z2, log_det = _transform(self, z1, z2, sampling)
+        return [z1, z2], log_det.to(z2.dtype)
+
+
+class AffineCouplingBlock(Fused, nf.flows.AffineCouplingBlock):
+    """Split, coupling and merge: without copies where the second half of the channels is transformed."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.flows[1].__class__ = AffineCoupling
+
+    def links(self, x: Tensor, sampling: bool) -> Iterable[Link] | None:
+        if not 2 <= x.dim() <= 4:
+            return None
+        mode = self.flows[0].mode
+        if mode == "channel":
+            return [Coupling(self._raw, _spec_of(self.flows[1], "channels_ceil"), inverse=not sampling)]
+
+        def function(x: Tensor) -> tuple[Tensor, Tensor]:
+            active, passive = _split(x, mode)
+            active, log_det = _transform(self.flows[1], passive, active, sampling)
+            return _merge(active, passive, mode), log_det
+
+        return [Opaque(function)]
+
+    def _raw(self, x: Tensor) -> Tensor:
+        passive = (x.shape[1] + 1) // 2
+        return _raw(self.flows[1], x[:, :passive], (x.shape[0], x.shape[1] - passive, *x.shape[2:]))
+
+
+class GlowBlock(Fused, nf.flows.GlowBlock):
+    """Coupling, 1 × 1 convolution and actnorm: the last two are one matrix, and the first runs in the same pass."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for inner in self.flows.modules():
+            inner.__class__ = FAST_LAYERS.get(type(inner), type(inner))
+
+    def links(self, x: Tensor, sampling: bool) -> Iterable[Link] | None:
+        return links(self.flows if sampling else reversed(self.flows), x, sampling)
+
+
+def _transform(layer: nf.flows.AffineCoupling, passive: Tensor, active: Tensor, sampling: bool) -> tuple[Tensor, Tensor]:
+    return coupling(active, _raw(layer, passive, active.shape), _spec_of(layer, "all"), inverse=not sampling)
+
+
+def _raw(layer: nf.flows.AffineCoupling, passive: Tensor, shape: Sequence[int]) -> Tensor:
+    """The network's output, for an active part of ``shape`` (B, C, …)."""
+    raw = layer.param_map(passive)
+    # Shifts may be the same for all pixels; scales may not, their log-det would be wrong.
+    return raw if layer.scale or raw.shape == shape else raw.expand(shape)
+
+
+def _spec_of(layer: nf.flows.AffineCoupling, active: str) -> CouplingSpec:
+    return _spec(SCALE_MAPS[layer.scale_map] if layer.scale else "none", active)
+
+
+FAST_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
+    nf.flows.ActNorm: ActNorm,
+    nf.flows.AffineConstFlow: AffineConstFlow,
+    nf.flows.AffineCoupling: AffineCoupling,
+    nf.flows.AffineCouplingBlock: AffineCouplingBlock,
+    nf.flows.GlowBlock: GlowBlock,
+    nf.flows.Invertible1x1Conv: Invertible1x1Conv,
+    nf.flows.Permute: Permute,
+    nf.nets.ConvNet2d: ConvNet2d,
+}
+
+
+@lru_cache
+def _spec(scale_map: str, active: str) -> CouplingSpec:
+    return CouplingSpec(scale_map=scale_map, layout="interleaved", shift_first=True, active=active)
+
+
+def _split(x: Tensor, mode: str) -> tuple[Tensor, Tensor]:
+    """The active part and the passive one."""
+    if mode == "channel_inv":
+        active, passive = x.chunk(2, dim=1)
+        return active, passive
+    first, second = checkerboard.split(x)
+    return (first, second) if mode == "checkerboard_inv" else (second, first)
+
+
+def _merge(active: Tensor, passive: Tensor, mode: str) -> Tensor:
+    if mode == "channel_inv":
+        return torch.cat([active, passive], dim=1)
+    return checkerboard.merge(active, passive) if mode == "checkerboard_inv" else checkerboard.merge(passive, active)
