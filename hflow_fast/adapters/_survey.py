@@ -95,7 +95,8 @@ def _of_tensors(modules: Iterable[nn.Module]) -> str | None:
     for name, tensor in _tensors(modules):
         if type(tensor) not in (Tensor, nn.Parameter):
             return f"its {name} is a {type(tensor).__name__}"
-        if isinstance(tensor, nn.Parameter) and tensor.dtype not in _DTYPES:
+        computes = tensor.is_floating_point() or tensor.is_complex()  # others are indices, such as permutations
+        if isinstance(tensor, nn.Parameter) and computes and tensor.dtype not in _DTYPES:
             return f"its {name} is {tensor.dtype}"
     return None
 

@@ -1,0 +1,123 @@
+"""What the fused FrEIA layers share."""
+
+from __future__ import annotations
+
+from types import CodeType
+from typing import Any, Callable, Hashable, Sequence, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..nn._fusion import Piece, run
+from ..ops.flow_step import _MAX_FUSED_CHANNELS as FUSED_CHANNELS
+from ._state import cache_of
+
+__all__ = [
+    "FUSED_CHANNELS", "Evaluated", "FusedLayer", "calls_alone", "codes_within", "evaluate", "of_fixed", "permute",
+    "with_conditions",
+]  # fmt: skip
+
+T = TypeVar("T")
+
+Evaluated = tuple[Tensor, Tensor]
+"""A result and its log|det| (B,)."""
+
+
+class FusedLayer:
+    """Base of the fast classes, beside the stock class.
+
+    A fast class says of a stock layer whether it can take its place, and describes its own directions to a container.
+    """
+
+    log_det_per_sample = True
+    """Whether the stock layer's log-det is a tensor (B,), and not a number."""
+
+    @staticmethod
+    def unfit(layer: nn.Module) -> str:
+        """Why a stock ``layer`` has to stay as it is; "": it need not."""
+        return ""
+
+    @staticmethod
+    def networks(layer: nn.Module) -> tuple[nn.Module, ...]:
+        """The user's networks in a stock ``layer``."""
+        return ()
+
+    def pieces(self, inverse: bool, context: Sequence[Tensor], like: Tensor) -> list[Piece]:
+        """One direction for :func:`hflow_fast.nn._fusion.run`.
+
+        Args:
+            inverse: Latent → data, FrEIA's ``rev``.
+            context: FrEIA's ``c``.
+            like: A tensor of the device and dtype that the flow variable has.
+        """
+        raise NotImplementedError
+
+    def constant(self, key: Hashable, like: Tensor, make: Callable[[], Tensor]) -> Tensor:
+        """``make()``, which depends on nothing but ``key``, made once for each device and dtype of ``like``."""
+        if torch.compiler.is_compiling():
+            return make()
+        kept = vars(self).get("_fused_constants")
+        if kept is None:
+            kept = vars(self)["_fused_constants"] = _Constants()
+        return kept.get((key, like.device, like.dtype), make)
+
+
+class _Constants:
+    """Small tensors, outside the state of the module."""
+
+    def __init__(self) -> None:
+        self._kept: dict[Hashable, Tensor] = {}
+
+    def get(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        if key not in self._kept:
+            with torch.inference_mode(False), torch.no_grad():  # so that autograd can save it, whoever asks first
+                self._kept[key] = make()
+        return self._kept[key]
+
+
+def of_fixed(layer: nn.Module, name: str, parameters: Sequence[Tensor], make: Callable[[], T]) -> T:
+    """``make()`` of ``parameters`` that are not trained: remembered while the model trains, too."""
+    if torch.compiler.is_compiling():
+        return make()
+    with torch.inference_mode(False), torch.no_grad():
+        return cache_of(layer).get(name, parameters, make)
+
+
+def evaluate(layer: FusedLayer, x: Tensor, inverse: bool, context: Sequence[Tensor]) -> Evaluated:
+    """A layer by itself."""
+    return run(layer.pieces(inverse, context, x), x)
+
+
+def with_conditions(layer: nn.Module, passive: Tensor, context: Sequence[Tensor]) -> Tensor:
+    """What a network of ``layer`` is given: (B, channels + those of the conditions, …)."""
+    return torch.cat([passive, *context], dim=1) if layer.conditional else passive
+
+
+def calls_alone(layer: nn.Module) -> bool:
+    """Whether ``layer`` has to be called by itself, since someone listens to its calls."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+
+
+def codes_within(function: Callable[..., Any]) -> frozenset[int]:
+    """The ids of the code of all functions that ``function`` makes."""
+    return frozenset(id(constant) for constant in function.__code__.co_consts if isinstance(constant, CodeType))
+
+
+def permute(x: Tensor, order: Tensor, back: Tensor) -> Tensor:
+    """``x[:, order]``, whose gradient is gathered by the inverse permutation ``back`` instead of scattered."""
+    return _Permute.apply(x, order, back)
+
+
+class _Permute(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, order: Tensor, back: Tensor) -> Tensor:
+        return x.index_select(1, order)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        order, back = ctx.saved_tensors
+        return permute(grad, back, order), None, None
