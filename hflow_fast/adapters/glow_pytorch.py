@@ -1,0 +1,53 @@
+"""Fast classes for the PyTorch ports of Glow: code that people copy into theirs, which no import can tell from other code.
+
+A layer is recognised by the name of its class; by its parameters, buffers, submodules and methods
+(:func:`.glow_pytorch_trial.misfit`); and by what it does (:func:`.glow_pytorch_trial.disagreement`): what behaves
+otherwise, such as a coupling that someone gave another scale, stays as it is. Known are
+
+- rosinality/glow-pytorch: ``ActNorm``, ``InvConv2d``, ``InvConv2dLU``, ``AffineCoupling``, ``Flow``, ``Block``;
+- chaiyujin/glow-pytorch and y0ast/Glow-PyTorch: ``ActNorm2d``, ``InvertibleConv1x1``, ``Permute2d``, ``FlowStep``,
+  ``SqueezeLayer``, ``Split2d``, ``FlowNet``.
+
+Fast classes are subclasses of the class at hand, made once for each. Copies and pickles of fast layers are fast.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from . import glow_pytorch_chaiyujin as chaiyujin
+from . import glow_pytorch_rosinality as rosinality
+from .accelerate import stock_class
+from .glow_pytorch_port import Port, fast_class
+from .glow_pytorch_trial import disagreement, misfit
+from .report import Match
+
+__all__ = ["match"]
+
+_PORTS: dict[str, type[Port]] = {
+    port.__name__: port for port in (
+        rosinality.ActNorm, rosinality.InvConv2d, rosinality.InvConv2dLU, rosinality.AffineCoupling, rosinality.Flow,
+        rosinality.Block, chaiyujin.ActNorm2d, chaiyujin.InvertibleConv1x1, chaiyujin.Permute2d, chaiyujin.FlowStep,
+        chaiyujin.SqueezeLayer, chaiyujin.Split2d, chaiyujin.FlowNet)}
+_COMMON_NAMES = (rosinality.Flow, rosinality.Block)
+"""Names that code with no flow in it has, too: one that is built otherwise is no variant of ours."""
+_LIBRARIES = ("FrEIA", "hflow_fast", "nflows", "normflows", "torch")
+
+
+def match(module: nn.Module) -> Match | None:
+    """What to do with ``module`` where it is of one of the ports; see :func:`hflow_fast.adapters.accelerate`."""
+    kind = type(module)
+    base = next((base for base in kind.__mro__ if base.__name__ in _PORTS), None)
+    if base is None or base.__module__.split(".")[0] in _LIBRARIES or stock_class(module) is not None:
+        return None
+    port = _PORTS[base.__name__]
+    if base is not kind:
+        if nn.utils.parametrize.is_parametrized(module):
+            return Match(None, "is parametrized (torch.nn.utils.parametrize)")
+        fits = misfit(port, module) is None
+        return Match(None, f"is a subclass of {base.__name__}, which may do something else") if fits else None
+    reason = misfit(port, module)
+    if reason is not None:
+        return None if port in _COMMON_NAMES else Match(None, f"is not built like the one of {port.origin}: {reason}")
+    reason = port.readiness(module) or disagreement(port, module)
+    return Match(None, reason) if reason is not None else Match(fast_class(port, kind), calls=port.called(module))
