@@ -6,8 +6,12 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from ..data import ImageDataset
 
 __all__ = ["dataset"]
 
@@ -28,7 +32,12 @@ def _unwind(number: int, _: object) -> None:
 @click.option("--held-out", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.05,
               help="Fraction held out, when the source has no folders that say it.")
 @click.option("--seed", type=int, default=0, help="Of the choice of held-out images.")
-def dataset(source: Path, out: Path, resolution: int, name: str | None, held_out: float, seed: int) -> None:
+@click.option("--labels", help="Where the images' labels are from. The word folders: the folder right above an image "
+              "is its class. Or a CSV file with a line of titles: name,label gives classes; name and a column for each "
+              "attribute, of -1 and 1 or of 0 and 1, gives attributes; CelebA's list_attr_celeba.txt is read, too.")
+def dataset(
+    source: Path, out: Path, resolution: int, name: str | None, held_out: float, seed: int, labels: str | None
+) -> None:
     """Make the dataset OUT from the images of SOURCE: a zip, a folder, or an HDF5 file of the original HFlow.
 
     Images of any common format become RGB (transparency on white), are cut to the central square and resized.
@@ -39,7 +48,8 @@ def dataset(source: Path, out: Path, resolution: int, name: str | None, held_out
 
     signal.signal(signal.SIGTERM, _unwind)
     already_there = os.path.lexists(out)
-    made = create_dataset(source, out, resolution, name=name, held_out=held_out, seed=seed, progress=True)
+    made = create_dataset(source, out, resolution, name=name, held_out=held_out, seed=seed, labels=labels,
+                          progress=True)
     skipped = made.manifest.skipped
     for item in skipped[:_SHOWN]:
         click.echo(f"skipped {item.name}: {item.reason}", err=True)
@@ -47,4 +57,10 @@ def dataset(source: Path, out: Path, resolution: int, name: str | None, held_out
         click.echo(f"… {len(skipped)} skipped in all, listed in {out / 'dataset.json'}", err=True)
     state = "already there" if already_there else "made"
     click.echo(f"{out}: {state}, {len(made.train)} training and {len(made.held_out)} held-out images of "
-               f"{resolution} × {resolution}")
+               f"{resolution} × {resolution}{_labels(made)}")
+
+
+def _labels(made: ImageDataset) -> str:
+    """What there is to say about labels."""
+    counts = {"classes": len(made.classes), "attributes": len(made.attributes)}
+    return "".join(f", {count} {what}" for what, count in counts.items() if count)

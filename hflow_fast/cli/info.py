@@ -7,6 +7,8 @@ from importlib import metadata
 
 import click
 
+from ..configs import MODELS, preset_names
+
 __all__ = ["info"]
 
 
@@ -29,8 +31,9 @@ def info() -> None:
         "devices": ", ".join(["cpu", *_gpus()]),
     }
     _print_table(rows)
-    click.echo("\nPresets")
-    _print_table(_presets())
+    for model in MODELS:
+        click.echo(f"\nPresets of {model}")
+        _print_table(_presets(model))
 
 
 def _version() -> str:
@@ -46,18 +49,18 @@ def _gpus() -> list[str]:
     return [f"cuda:{index} ({torch.cuda.get_device_name(index)})" for index in range(torch.cuda.device_count())]
 
 
-def _presets() -> dict[str, str]:
+def _presets(name: str) -> dict[str, str]:
     import torch
 
-    from ..configs import preset_names
-    from ..models import HFlow
+    from ..models.building import build_model
 
     rows = {}
-    for name in preset_names():
+    for preset in preset_names(name):
         with torch.device("meta"):  # shapes only: nothing is allocated
-            model = HFlow.from_config(name)
+            model = build_model(preset)
         count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        rows[name] = f"{model.resolution} × {model.resolution} pixels, {count:,} parameters"
+        classes = f", {model.num_classes} classes" if getattr(model, "num_classes", 0) else ""
+        rows[preset] = f"{model.resolution} × {model.resolution} pixels, {count:,} parameters{classes}"
     return rows
 
 

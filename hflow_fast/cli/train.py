@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..configs import load_config
+from ..configs import MODELS, load_config, preset_names
 from .options import device_option, precision_option, threads_option
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ __all__ = ["train"]
 
 
 @click.command()
+@click.option("--model", "kind", type=click.Choice(MODELS), help="Which model the configuration has to be of.")
 @click.option("--config", help="A preset (see hflow-fast info) or a JSON file. With --resume it takes the place of the "
               "run's config.json, if nothing has changed in it that cannot change during a run.")
 @click.option("--data", type=click.Path(path_type=Path), help="Dataset folder made by hflow-fast dataset.")
@@ -44,15 +45,16 @@ __all__ = ["train"]
 @precision_option
 @threads_option
 def train(
-    config: str | None, data: Path | None, directory: Path | None, resume: bool, init_from: Path | None,
-    steps: int | None, epochs: int | None, hours: float | None, batch_size: int | None, merge_batches: int | None,
-    memory: str | None, seed: int | None, cuda_graph: bool | None, device: str,
+    kind: str | None, config: str | None, data: Path | None, directory: Path | None, resume: bool,
+    init_from: Path | None, steps: int | None, epochs: int | None, hours: float | None, batch_size: int | None,
+    merge_batches: int | None, memory: str | None, seed: int | None, cuda_graph: bool | None, device: str,
     precision: str | None,
 ) -> None:
     """Train a model.
 
     \b
     hflow-fast train --config A-128 --data celeba-128 --run runs/first --hours 96
+    hflow-fast train --model glow --config glow-cifar10 --data cifar-32
     hflow-fast train --run runs/first --resume
 
     Training ends at the first of --steps, --epochs and --hours, counted over all sessions of the run; given here,
@@ -63,17 +65,18 @@ def train(
     import torch
 
     from ..data import ImageDataset
-    from ..models import HFlow
+    from ..data.classes import number_of_classes
+    from ..models.building import build_model
     from ..training import RunDirectory, Session, TrainConfig, Trainer, process_group
     from ..training.checkpoint import load_initial_weights
+    from ..training.checks import check_cuda_graph, check_dataset, check_ranks
     from ..training.fid import load_extractor
-    from ..training.trainer import check_cuda_graph, check_dataset, check_ranks
 
     with process_group(device) as ranks, ExitStack() as stack:
         if directory is None and config is not None and not resume:
             directory = ranks.gather(_new_directory(config))[0]
         with ranks.together():  # all that can be wrong is found out before the run's folder is made
-            settings = _settings(config, directory, resume)
+            settings = _settings(kind, config, directory, resume)
             _override(settings.setdefault("GENERAL", {}), data, {"STEPS": steps, "EPOCHS": epochs, "HOURS": hours},
                       batch_size, {
                           "MERGE_BATCHES": merge_batches, "MEMORY": memory, "SEED": seed,
@@ -85,10 +88,10 @@ def train(
             dataset = ImageDataset.open(general.dataset_path)
             torch.manual_seed(general.seed)
             torch.backends.cudnn.benchmark = True  # all batches have the same shape
-            model = HFlow.from_config(settings)
+            model = build_model(settings)
             if general.load_checkpoint is not None and not resume:
                 load_initial_weights(model, general.load_checkpoint)
-            check_dataset(dataset, model.resolution, general)
+            check_dataset(dataset, model.resolution, general, number_of_classes(model))
             check_cuda_graph(torch.device(device), general)
             check_ranks(ranks.count, general)
             if ranks.is_writer:
@@ -119,20 +122,21 @@ def train(
         say(f"finished at step {trainer.step_count}.")
 
 
-def _settings(config: str | None, directory: Path | None, resume: bool) -> dict[str, Any]:
+def _settings(kind: str | None, config: str | None, directory: Path | None, resume: bool) -> dict[str, Any]:
     """The configuration of a new run; or that of a run that goes on, unless another one is given."""
     from ..training import RunDirectory
 
     if not resume:
         if config is None:
-            raise click.UsageError("give --config to start a run, or --resume to continue one.")
-        return load_config(config)
+            presets = f", which may be {', '.join(preset_names(kind))}," if kind is not None else ""
+            raise click.UsageError(f"give --config{presets} to start a run, or --resume to continue one.")
+        return load_config(config, model=kind)
     if directory is None:
         raise click.UsageError("say which run to continue with --run.")
     own = RunDirectory.open(directory).read_config()
     if config is None:
-        return own
-    settings = load_config(config)
+        return load_config(own, model=kind)
+    settings = load_config(config, model=kind)
     general = settings.setdefault("GENERAL", {})
     for key in ("DATASET_PATH", "LOAD_CHECKPOINT"):
         if general.get(key) is None:  # as in the presets

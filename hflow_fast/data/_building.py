@@ -14,7 +14,7 @@ from ..errors import DatasetError
 
 __all__ = ["building"]
 
-_OURS = {"images.npy", "dataset.json"}
+_OURS = {"images.npy", "labels.npy", "dataset.json"}
 
 
 @contextmanager

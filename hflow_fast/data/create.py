@@ -8,7 +8,7 @@ import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, Iterator
+from typing import BinaryIO, Iterable, Iterator
 
 import numpy as np
 from tqdm import tqdm
@@ -16,6 +16,7 @@ from tqdm import tqdm
 from ..errors import DatasetError
 from ._building import building
 from .dataset import ImageDataset, Manifest, Recipe, Skipped
+from .labels import FOLDERS, Labelling, label_folders, label_table
 from .sources import SourceFile, SourceRow, fingerprint, open_source, printable
 
 __all__ = ["create_dataset"]
@@ -35,6 +36,7 @@ def create_dataset(
     name: str | None = None,
     held_out: float = 0.05,
     seed: int = 0,
+    labels: str | Path | None = None,
     progress: bool = False,
 ) -> ImageDataset:
     """Makes a dataset from all images of a zip or a folder, as :func:`~hflow_fast.data.decode.decode_image` reads them,
@@ -44,10 +46,10 @@ def create_dataset(
     folder that holds everything), these are the split and other files are skipped. Otherwise images are held out by a
     hash of their pixels and the seed, so that equal images are on the same side.
 
-    Files that are not images, or damaged, are skipped and listed in ``manifest.skipped``. ``out`` appears when all is
-    done, and an existing one is never touched. Until then there are ``.<out>.tmp`` and ``.<out>.lock`` beside it; what a
-    killed process left of them is removed by the next one. Memory does not grow with the images, only with the list of
-    their names.
+    Files that are not images, are damaged, or have none of the labels asked for, are skipped and listed in
+    ``manifest.skipped``. ``out`` appears when all is done, and an existing one is never touched. Until then there are
+    ``.<out>.tmp`` and ``.<out>.lock`` beside it; what a killed process left of them is removed by the next one. Memory
+    does not grow with the images, only with the list of their names.
 
     Args:
         source: a zip, a folder or an HDF5 file.
@@ -56,14 +58,16 @@ def create_dataset(
         name: of the dataset inside an HDF5 file, where it holds more than one.
         held_out: fraction of distinct images to hold out, in (0, 1); at least one is.
         seed: of that choice.
+        labels: "folders": the folder right above an image is its class; or the path of a table, which gives classes or
+            attributes (:func:`~hflow_fast.data.labels.label_table`).
         progress: show a bar when the standard error is a terminal.
 
     Returns:
         The dataset; the one that is there already if it was made from the same source in the same way.
 
     Raises:
-        DatasetError: the source cannot be read or has no usable image, ``out`` exists or is being made by another
-            process, or the disk is full.
+        DatasetError: the source or the table cannot be read or has no usable image, there is but one class, ``out``
+            exists or is being made by another process, or the disk is full.
         ValueError: a parameter outside its range.
     """
     source, out = Path(source), Path(out)
@@ -76,19 +80,21 @@ def create_dataset(
 
     with open_source(source, name) as files:
         folders = _split_folders(files)
+        labelling = _labelling(labels, source, files, bool(folders)) if labels is not None else None
         recipe = Recipe(
             source_fingerprint=fingerprint(files),
             resolution=resolution,
             split="folders" if folders else "content",
             held_out_fraction=None if folders else held_out,
             seed=None if folders else seed,
+            labels=labelling.recipe if labelling else None,
         )
         if os.path.lexists(out):
             return _existing(out, recipe)
         with building(out) as folder:
             if os.path.lexists(out):  # another process was quicker
                 return _existing(out, recipe)
-            _write(folder, source, files, folders, recipe, progress)
+            _write(folder, source, files, folders, labelling, recipe, progress)
     return ImageDataset.open(out)
 
 
@@ -100,8 +106,8 @@ def _existing(out: Path, recipe: Recipe) -> ImageDataset:
     dataset = ImageDataset.open(out)
     asked, found = recipe.model_dump(), dataset.manifest.recipe.model_dump()
     differences = [
-        "another source or its files have changed" if key == "source_fingerprint"
-        else f"{key} {found[key]} instead of {asked[key]}"
+        {"source_fingerprint": "another source or its files have changed", "labels": "other labels"}.get(
+            key, f"{key} {found[key]} instead of {asked[key]}")
         for key in asked if asked[key] != found[key]
     ]
     if differences:
@@ -110,8 +116,18 @@ def _existing(out: Path, recipe: Recipe) -> ImageDataset:
     return dataset
 
 
+def _labelling(labels: str | Path, source: Path, files: Files, split: bool) -> Labelling:
+    names = [file.name for file in files]
+    if str(labels) != FOLDERS:
+        return label_table(Path(labels), names)
+    if files and isinstance(files[0], SourceRow):
+        raise DatasetError(f"{source}: an HDF5 file has no folders to take labels from; give a table of them.")
+    return label_folders(names, _is_wrapped(names) + split)
+
+
 def _write(
-    folder: Path, source: Path, files: Files, folders: dict[str, bool | None], recipe: Recipe, progress: bool
+    folder: Path, source: Path, files: Files, folders: dict[str, bool | None], labelling: Labelling | None,
+    recipe: Recipe, progress: bool,
 ) -> None:
     names: list[str] = []
     skipped: list[Skipped] = []
@@ -119,7 +135,7 @@ def _write(
     digest = hashlib.sha256()
     with open(folder / "images.npy", "wb") as array:
         array.write(_header(0, recipe.resolution))
-        for file, result in _decoded(files, folders, recipe.resolution, progress):
+        for file, result in _decoded(files, folders, labelling, recipe.resolution, progress):
             if isinstance(result, str):
                 skipped.append(Skipped(name=file.name, reason=result))
                 continue
@@ -141,21 +157,31 @@ def _write(
     if not 0 < len(held_out) < len(names):
         raise DatasetError(f"{source}: {len(names) - len(held_out)} training and {len(held_out)} held-out images; "
                            f"give at least one of each, not equal to each other. {_summary(skipped)}")
+    about = None
+    if labelling:
+        labels, about = labelling.array(names)
+        with open(folder / "labels.npy", "wb") as file:
+            np.save(file, labels)
+            _sync(file)
     manifest = Manifest(recipe=recipe, source=printable(str(source)), sha256=digest.hexdigest(), names=names,
-                        held_out=held_out, skipped=skipped)
+                        held_out=held_out, skipped=skipped, labels=about)
+    # Without labels, the file is what versions that know none can read.
+    left_out = {} if labelling else {"recipe": {"labels"}, "labels": True}
     with open(folder / "dataset.json", "wb") as file:
-        file.write(manifest.model_dump_json(indent=1).encode())
+        file.write(manifest.model_dump_json(indent=1, exclude=left_out).encode())
         _sync(file)
 
 
 def _decoded(
-    files: Files, folders: dict[str, bool | None], resolution: int, progress: bool
+    files: Files, folders: dict[str, bool | None], labelling: Labelling | None, resolution: int, progress: bool
 ) -> Iterator[tuple[SourceFile | SourceRow, np.ndarray | str]]:
     """Every file with its pixels, or with the reason why it has none, in order and a few at a time."""
 
     def decode(file: SourceFile | SourceRow) -> np.ndarray | str:
         if folders and folders[file.name] is None:
             return f"in neither {_TRAIN}/ nor {'/, '.join(_HELD_OUT)}/"
+        if labelling and file.name not in labelling.values:
+            return labelling.missing
         try:
             return file.pixels(resolution)
         except Exception as error:  # zip members and decoders fail in many ways, none of which may end the run
@@ -177,11 +203,16 @@ def _decoded(
 def _split_folders(files: Files) -> dict[str, bool | None]:
     """For each name whether it is held out by its folder, None if it is in neither; empty if folders say nothing."""
     paths = {file.name: PurePosixPath(file.name).parts for file in files}
-    wrapped = len({parts[0] for parts in paths.values()}) == 1
+    wrapped = _is_wrapped(paths)
     tops = {name: parts[wrapped] if len(parts) > wrapped + 1 else "" for name, parts in paths.items()}
     if _TRAIN not in tops.values() or set(_HELD_OUT).isdisjoint(tops.values()):
         return {}
     return {name: top in _HELD_OUT if top == _TRAIN or top in _HELD_OUT else None for name, top in tops.items()}
+
+
+def _is_wrapped(names: Iterable[str]) -> bool:
+    """Whether one folder at the top holds everything."""
+    return len({PurePosixPath(name).parts[0] for name in names}) == 1
 
 
 def _held_out_by_hash(hashes: list[bytes], fraction: float) -> list[int]:

@@ -1,4 +1,4 @@
-"""A dataset on disk: ``images.npy``, memory-mapped, and ``dataset.json``, which says what it holds."""
+"""A dataset on disk: ``images.npy``, memory-mapped, ``dataset.json``, which says what it holds, and perhaps labels."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..errors import DatasetError
 from .hdf5 import is_hdf5
+from .labels import Labels
 
 __all__ = ["ImageDataset", "Images", "Manifest", "Recipe", "Skipped"]
 
@@ -34,6 +35,8 @@ class Recipe(BaseModel):
     """Of a split by content."""
     seed: int | None
     """Of a split by content."""
+    labels: str | None = None
+    """``folders``, or the SHA-256 of the table that they are from; None without labels."""
 
 
 class Skipped(BaseModel):
@@ -60,6 +63,7 @@ class Manifest(BaseModel):
     held_out: list[int]
     """Positions of the held-out images; all others are for training."""
     skipped: list[Skipped]
+    labels: Labels | None = None
 
 
 class Images:
@@ -68,7 +72,12 @@ class Images:
     ``images[i]`` is a uint8 tensor (3, R, R); a slice, a list or a tensor of N indices gives (N, 3, R, R).
     """
 
-    def __init__(self, pixels: np.memmap, positions: np.ndarray, names: list[str]) -> None:
+    def __init__(
+        self, pixels: np.memmap, positions: np.ndarray, names: list[str], labels: np.ndarray | None = None
+    ) -> None:
+        self.labels: Tensor | None = None if labels is None else torch.from_numpy(labels[positions])
+        """Of all images: the number of each one's class, (N,), int64; or its attributes, (N, A), bool. None where the
+        dataset has none. What they are called, the dataset knows."""
         self._pixels = pixels
         self._positions = positions
         self._names = names
@@ -141,7 +150,8 @@ class ImageDataset:
         pixels = _map_pixels(path / "images.npy", manifest)
         is_held_out = np.zeros(len(pixels), dtype=bool)
         is_held_out[manifest.held_out] = True
-        split = (Images(pixels, np.flatnonzero(part), manifest.names) for part in (~is_held_out, is_held_out))
+        labels = None if manifest.labels is None else _read_labels(path / "labels.npy", manifest, manifest.labels)
+        split = (Images(pixels, np.flatnonzero(part), manifest.names, labels) for part in (~is_held_out, is_held_out))
         return cls(path, manifest, *split)
 
     @property
@@ -155,12 +165,29 @@ class ImageDataset:
         return self.manifest.names
 
     @property
+    def classes(self) -> list[str]:
+        """What the classes are called that are the images' labels; empty where they have none."""
+        return self._label_names("classes")
+
+    @property
+    def attributes(self) -> list[str]:
+        """What the attributes are called that are the images' labels; empty where they have none."""
+        return self._label_names("attributes")
+
+    def _label_names(self, kind: str) -> list[str]:
+        labels = self.manifest.labels
+        return labels.names if labels is not None and labels.kind == kind else []
+
+    @property
     def fingerprint(self) -> str:
-        """Equal for datasets with the same images in the same order and the same split."""
-        return hashlib.sha256(f"{self.manifest.sha256} {self.manifest.held_out}".encode()).hexdigest()
+        """Equal for datasets with the same images in the same order, the same split and the same labels."""
+        facts = f"{self.manifest.sha256} {self.manifest.held_out}"
+        if (labels := self.manifest.labels) is not None:
+            facts += f" {labels.kind} {labels.names} {labels.sha256}"
+        return hashlib.sha256(facts.encode()).hexdigest()
 
     def verify(self) -> None:
-        """Reads all pixels and compares their SHA-256 with the one in ``dataset.json``.
+        """Reads all pixels and labels and compares their SHA-256 with those in ``dataset.json``.
 
         Raises:
             DatasetError: they differ.
@@ -170,6 +197,10 @@ class ImageDataset:
             digest.update(image)
         if digest.hexdigest() != self.manifest.sha256:
             raise _damaged(self.path / "images.npy", "its pixels are not those that were written")
+        if (labels := self.manifest.labels) is not None:
+            array = _read_labels(self.path / "labels.npy", self.manifest, labels)
+            if hashlib.sha256(array.tobytes()).hexdigest() != labels.sha256:
+                raise _damaged(self.path / "labels.npy", "its labels are not those that were written")
 
 
 def _read_manifest(path: Path) -> Manifest:
@@ -205,6 +236,22 @@ def _map_pixels(file: Path, manifest: Manifest) -> np.ndarray:
     if pixels.shape != expected or pixels.dtype != np.uint8:
         raise _damaged(file, f"it holds {pixels.dtype} {pixels.shape}, dataset.json says uint8 {expected}")
     return pixels
+
+
+def _read_labels(file: Path, manifest: Manifest, about: Labels) -> np.ndarray:
+    try:
+        array = np.load(file, allow_pickle=False)
+    except FileNotFoundError:
+        raise _damaged(file, "the file is missing") from None
+    except (EOFError, OSError, ValueError) as error:
+        raise _damaged(file, str(error)) from error
+    count, classes = len(manifest.names), about.kind == "classes"
+    shape, dtype = ((count,), np.int64) if classes else ((count, len(about.names)), np.bool_)
+    if array.shape != shape or array.dtype != dtype:
+        raise _damaged(file, f"it holds {array.dtype} {array.shape}, dataset.json says {np.dtype(dtype)} {shape}")
+    if classes and not ((0 <= array) & (array < len(about.names))).all():
+        raise _damaged(file, f"classes outside the {len(about.names)} of dataset.json")
+    return array
 
 
 def _open_for_rows(file: str | Path) -> int:

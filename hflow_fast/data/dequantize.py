@@ -18,7 +18,7 @@ def dequantize(
     flip: bool = False,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    r"""Uniform dequantisation to [-0.5, 0.5), as HFlow's.
+    r"""Uniform dequantisation to [-0.5, 0.5), as HFlow's and Glow's.
 
     .. math:: x = \lfloor v / 2^{8-b} \rfloor / 2^b + u - 1/2 + \sigma n,\quad
               u \sim \mathcal U[0, 2^{-b}),\ n \sim \mathcal N(0, 1)
@@ -43,8 +43,7 @@ def dequantize(
     """
     if images.dtype != torch.uint8:
         raise ValueError(f"dequantize: images must be uint8, got {images.dtype}.")
-    if not 1 <= bits <= 8:
-        raise ValueError(f"dequantize: bits must be 1 to 8, got {bits}.")
+    _check_bits("dequantize", bits)
     if not noise_std >= 0:
         raise ValueError(f"dequantize: noise_std must be at least 0, got {noise_std}.")
     if flip:
@@ -62,27 +61,37 @@ def dequantize(
     return x
 
 
-def to_uint8(x: Tensor) -> Tensor:
-    """8-bit pixels of continuous values: ⌊256·(x + ½)⌋, limited to 0 … 255; NaN becomes 0.
+def to_uint8(x: Tensor, bits: int = 8) -> Tensor:
+    """8-bit pixels of continuous values: ⌊2ᵇ·(x + ½)⌋·2⁸⁻ᵇ, limited to the 2ᵇ values that there are; NaN becomes 0.
 
     Args:
         x: any shape, floating point; [-0.5, 0.5] is black to white.
+        bits: b, 1 to 8: the low 8 − b bits of the result are 0, as they are to a model of b bits.
 
     Returns:
         Same shape and device, uint8.
     """
-    return torch.nan_to_num(x.float() * 256 + 128, nan=0.0).floor_().clamp_(0, 255).to(torch.uint8)
+    _check_bits("to_uint8", bits)
+    values = torch.nan_to_num(x.float() * 2**bits + 2 ** (bits - 1), nan=0.0).floor_().clamp_(0, 2**bits - 1)
+    return values.to(torch.uint8) << (8 - bits)
 
 
-def from_uint8(images: Tensor) -> Tensor:
-    """Continuous values in the middle of what each 8-bit value stands for: (v + ½)/256 − ½.
+def from_uint8(images: Tensor, bits: int = 8) -> Tensor:
+    """Continuous values in the middle of what each b-bit value stands for: (⌊v / 2⁸⁻ᵇ⌋ + ½)/2ᵇ − ½.
 
     No noise: the same images always give the same values, as far as can be from those of another image.
 
     Args:
         images: any shape, uint8.
+        bits: b, 1 to 8: the low 8 − b bits of each value are dropped.
 
     Returns:
-        Same shape and device, float32; :func:`to_uint8` gives the images back.
+        Same shape and device, float32; :func:`to_uint8` gives the images back, without the dropped bits.
     """
-    return (images.float() + 0.5) / 256 - 0.5
+    _check_bits("from_uint8", bits)
+    return ((images >> (8 - bits)).float() + 0.5) / 2**bits - 0.5
+
+
+def _check_bits(function: str, bits: int) -> None:
+    if not 1 <= bits <= 8:
+        raise ValueError(f"{function}: bits must be 1 to 8, got {bits}.")

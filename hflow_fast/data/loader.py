@@ -38,6 +38,7 @@ class Loader(Iterator[list[Tensor]]):
         batch_size: images per micro-batch; the last one of a step has fewer if they do not divide.
         device: where to put the pixels.
         share: given the number of micro-batches of a step, which of them this process needs; all when None.
+        labels: one for each of ``images``, to be handed along as :attr:`labels`.
         ahead: steps read ahead, at least 1. Memory: so many steps of pixels, and one more on a GPU.
 
     Yields:
@@ -49,15 +50,18 @@ class Loader(Iterator[list[Tensor]]):
 
     def __init__(
         self, images: Images, batches: Batches, batch_size: int, *, device: torch.device | str = "cpu",
-        share: Callable[[int], Sequence[int]] | None = None, ahead: int = _AHEAD,
+        share: Callable[[int], Sequence[int]] | None = None, labels: Tensor | None = None, ahead: int = _AHEAD,
     ) -> None:
         if ahead < 1:
             raise ValueError(f"Loader: ahead must be at least 1, got {ahead}.")
         self.parts: tuple[Tensor, ...] = ()
         """Indices of the images of every micro-batch of the step returned last, whichever process has it."""
+        self.labels: list[Tensor] = []
+        """Of the images of each micro-batch that was returned last, on the device; nothing without labels."""
         self.seconds = 0.0
         """Time spent in ``next`` so far: what training has waited for data."""
         self._images = images
+        self._all_labels = labels
         self._batches = batches
         self._batch_size = batch_size
         self._share = share or range
@@ -65,8 +69,8 @@ class Loader(Iterator[list[Tensor]]):
         self._state = batches.state_dict()
         self._pending: deque[_Step] = deque()
         self._threads = ThreadPoolExecutor(min(_THREADS, ahead), "hflow-loader")
-        device = torch.device(device)
-        self._target = _Upload(device) if device.type == "cuda" else _Host(device)
+        self._device = torch.device(device)
+        self._target = _Upload(self._device) if self._device.type == "cuda" else _Host(self._device)
 
     def __next__(self) -> list[Tensor]:
         start = time.perf_counter()
@@ -75,6 +79,8 @@ class Loader(Iterator[list[Tensor]]):
         images = self._target.move(step.pixels.result())
         self._pending.popleft()  # only now: whoever is interrupted while waiting gets the same step again
         self._state, self.parts = step.state, step.parts
+        if self._all_labels is not None:
+            self.labels = list(self._all_labels[step.indices].to(self._device, non_blocking=True).split(step.sizes))
         self._read_ahead()
         self.seconds += time.perf_counter() - start
         return list(images.split(step.sizes))
@@ -103,16 +109,17 @@ class Loader(Iterator[list[Tensor]]):
         while len(self._pending) < self._ahead:
             parts = next(self._batches).split(self._batch_size)
             mine = [parts[number] for number in self._share(len(parts))]
-            indices = torch.cat(mine).numpy()
+            indices = torch.cat(mine)
             buffer = self._target.buffer((len(indices), *self._images.shape))
-            pixels = self._threads.submit(_read, self._images, indices, buffer, self._target.finish)
+            pixels = self._threads.submit(_read, self._images, indices.numpy(), buffer, self._target.finish)
             sizes = [len(part) for part in mine]
-            self._pending.append(_Step(parts, sizes, self._batches.state_dict(), pixels))
+            self._pending.append(_Step(parts, indices, sizes, self._batches.state_dict(), pixels))
 
 
 @dataclass(frozen=True)
 class _Step:
     parts: tuple[Tensor, ...]
+    indices: Tensor
     sizes: list[int]
     state: dict[str, Any]
     pixels: Future[Tensor]

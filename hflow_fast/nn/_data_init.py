@@ -66,13 +66,14 @@ class DataInitialized(nn.Module):
 
 
 @torch.no_grad()
-def channel_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and logarithm of the unbiased standard deviation of each channel, over all ranks of a process group.
+def channel_statistics(x: Tensor, correction: int = 1) -> tuple[Tensor, Tensor]:
+    """Mean and logarithm of the standard deviation of each channel, over all ranks of a process group.
 
     All of them have to call it; within :func:`initialize_locally` the other ranks are left out.
 
     Args:
         x: (B, C, …).
+        correction: 1: unbiased; 0: of the values themselves.
 
     Returns:
         (C,) each, float64.
@@ -89,5 +90,5 @@ def channel_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     if count[0] < 2:
         raise ValueError(f"ActNorm: x of shape {tuple(x.shape)} has fewer than two values per channel to initialise "
                          "from; give a larger first batch, or use data_init=False.")
-    variance = (squares - total.square() / count) / (count - 1)
+    variance = (squares - total.square() / count) / (count - correction)
     return total / count, variance.clamp_min(_SMALLEST_STD**2).log() / 2

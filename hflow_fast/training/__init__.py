@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .adamax import Adamax
 from .checkpoint import load_model, read_checkpoint, save_checkpoint
 from .config import GeneralConfig, OutputConfig, TrainConfig
 from .distributed import RankError, Ranks, process_group
@@ -12,6 +13,7 @@ from .session import Session, TrainingError
 from .trainer import Trainer
 
 __all__ = [
+    "Adamax",
     "GeneralConfig",
     "OutputConfig",
     "RankError",

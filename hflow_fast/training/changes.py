@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Mapping
 
+from ..configs import MODEL_KEYS, model_name
 from ..errors import ConfigError
 from .config import TrainConfig
 
@@ -15,8 +16,8 @@ _FIXED = {
     "GENERAL.DISCRETIZATION_BITS": "it decides what is modelled",
     "GENERAL.RESIZE_DATA_TO": "it decides what is modelled",
     "GENERAL.LOAD_CHECKPOINT": "training has begun from it",
+    "GENERAL.OPTIMIZER": "its moments are those of the optimizer that took them",
 }
-_MODEL = "MODEL_PARAMETERS"
 
 
 def check_changes(old: Mapping[str, Any], new: Mapping[str, Any], run: str) -> list[str]:
@@ -44,12 +45,12 @@ def check_changes(old: Mapping[str, Any], new: Mapping[str, Any], run: str) -> l
 
 
 def _reason(key: str) -> str | None:
-    return "it describes the model" if key.startswith(_MODEL) else _FIXED.get(key)
+    return "it describes the model" if key.startswith(MODEL_KEYS) else _FIXED.get(key)
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
     training = TrainConfig.from_config(config).model_dump(by_alias=True)
-    model = {_MODEL: config.get(_MODEL, {})}
+    model = {"MODEL": model_name(config), "MODEL_PARAMETERS": config.get("MODEL_PARAMETERS", {})}
     return _leaves(training) | _leaves(model)
 
 

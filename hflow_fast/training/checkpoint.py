@@ -28,7 +28,7 @@ from ..errors import CheckpointError
 from .rotation import checkpoint_files
 
 if TYPE_CHECKING:
-    from ..models.hflow.precision import Precision
+    from ..models.precision import Precision
 
 __all__ = ["Checkpoint", "load_initial_weights", "load_model", "load_weights", "read_checkpoint", "save_checkpoint"]
 
@@ -179,10 +179,11 @@ def load_model(
     Raises:
         CheckpointError: the file is missing, damaged, or does not fit its own configuration.
     """
-    from ..models import HFlow  # the models are loaded only when one is needed: other commands start faster
+    # The models are loaded only when one is needed: other commands start faster.
+    from ..models.building import build_model
 
     checkpoint = read_checkpoint(path, "model", *(["average"] if average else []))
-    model = HFlow.from_config(checkpoint.config)
+    model = build_model(checkpoint.config)
     load_weights(model, _weights(checkpoint), checkpoint.path)
     return model.to(device).set_precision(precision).eval(), checkpoint.config
 
@@ -200,8 +201,8 @@ def load_initial_weights(model: nn.Module, path: str | os.PathLike[str]) -> None
     try:
         model.load_state_dict(_weights(checkpoint))
     except RuntimeError as error:
-        raise CheckpointError(f"{checkpoint.path}: its model is another one than that to be trained; start from a model "
-                              "of equal MODEL_PARAMETERS.") from error
+        raise CheckpointError(f"{checkpoint.path}: its model is another one than that to be trained; start from one of "
+                              "equal MODEL and MODEL_PARAMETERS.") from error
 
 
 def _weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -213,7 +214,7 @@ def _weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 def _unpack(data: Tensor, path: Path) -> dict[str, Any]:
     try:
-        return torch.load(io.BytesIO(data.numpy().tobytes()), weights_only=True)
+        return torch.load(io.BytesIO(data.numpy().tobytes()), map_location="cpu", weights_only=True)
     except (EOFError, RuntimeError, UnpicklingError) as error:
         raise _Damaged(f"{path}: the state of its training is damaged or not plain data.") from error
 

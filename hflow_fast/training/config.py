@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Mapping
 
 from pydantic import Field, field_validator, model_validator
 
+from ..configs import MODEL_KEYS
 from ..configs.section import Section
 
 __all__ = ["GeneralConfig", "OutputConfig", "TrainConfig"]
@@ -20,19 +21,26 @@ class GeneralConfig(Section):
     """Section ``GENERAL``; the JSON keys are these names in upper case."""
 
     learning_rate: NonNegative
-    """Of the flows; Adam's step size."""
-    learning_rate_decoders: NonNegative
-    """Of the decoders."""
-    learning_rate_encoders: NonNegative
-    """Of the encoders."""
-    learning_rate_decay_start: Annotated[int, Field(ge=0)]
+    """The optimizer's step size; of the flows, where a model has other parts, too."""
+    learning_rate_decoders: NonNegative | None = None
+    """Of the decoders; None: ``learning_rate``."""
+    learning_rate_encoders: NonNegative | None = None
+    """Of the encoders; None: ``learning_rate``."""
+    learning_rate_decay_start: Annotated[int, Field(ge=0)] = 0
     """The rates decay on every even epoch (counted from 0) after this one."""
-    learning_rate_decay: Factor
+    learning_rate_decay: Factor = 1.0
     """Factor for flows and decoders."""
-    learning_rate_decay_encoders: Factor
-    """Factor for the encoders."""
-    learning_rate_cut_encoders: Annotated[int, Field(ge=0)]
-    """From this epoch on the encoders are frozen."""
+    learning_rate_decay_encoders: Factor | None = None
+    """Factor for the encoders; None: ``learning_rate_decay``."""
+    learning_rate_cut_encoders: Annotated[int, Field(ge=0)] | None = None
+    """From this epoch on the encoders are frozen; None: never."""
+    warmup_epochs: NonNegative = 0.0
+    """The rates grow with the images seen, from 0 to their full size after so many epochs."""
+    optimizer: Literal["adam", "adamax"] = "adam"
+    """"adamax" is Glow's: see :class:`hflow_fast.training.Adamax`."""
+    beta2: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Decay of the optimizer's second moment, for one step. None: 0.999 for adam; for adamax Glow's, 1 − 1/(steps of an
+    epoch)."""
     batch_size: Count
     """Images per forward pass."""
     samples_per_grad_eval: Count
@@ -71,6 +79,8 @@ class GeneralConfig(Section):
     """Resolution of the data; when given it has to be the model's."""
     dataset_name: str | None = None
     """The dataset's name inside an HDF5 file of the original; not needed for a folder or for the only one of a file."""
+    class_names: list[str] | None = None
+    """Of a class-conditional model's classes; None: as the dataset calls them."""
     inception_net_path: str | None = None
     """TorchScript feature extractor of the FID; without one there is no FID."""
     num_gpus: Count = 1
@@ -139,10 +149,10 @@ class TrainConfig(Section):
         """Validates the sections ``GENERAL`` and ``OUTPUT`` of a configuration.
 
         Args:
-            config: a configuration as :func:`hflow_fast.configs.load_config` returns it; its section
-                ``MODEL_PARAMETERS`` is the model's affair.
+            config: a configuration as :func:`hflow_fast.configs.load_config` returns it; ``MODEL`` and
+                ``MODEL_PARAMETERS`` are the model's affair.
 
         Raises:
             ConfigError: a key is unknown, missing or out of range; the text names every such key.
         """
-        return cls.parse({key: value for key, value in config.items() if key != "MODEL_PARAMETERS"}, "")
+        return cls.parse({key: value for key, value in config.items() if key not in MODEL_KEYS}, "")

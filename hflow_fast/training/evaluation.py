@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data import Images, dequantize
+from ..data.classes import class_labels
 from ..metrics import Bounds, bits_per_dim, evaluation_indices
 from .distributed import Ranks
 from .randomness import Use, seed_generators
@@ -34,7 +35,7 @@ def likelihood_bounds(
 
     Args:
         model: with ``bound``, as :class:`hflow_fast.models.HFlow`, in evaluation mode.
-        images: a split of a dataset.
+        images: a split of a dataset; for a class-conditional model, of one with classes.
         indices: which of them, (N,), N ≥ 1; see :func:`hflow_fast.metrics.evaluation_indices`.
         batch_size: images per pass. HFlow's noise follows the spread of each batch, so the bound depends on it, by some
             hundredths of a bit, and that of single images by a tenth: compare numbers of equal batch size.
@@ -44,15 +45,20 @@ def likelihood_bounds(
         ranks: the processes that share the batches, each with an equal model; all of them call this and get the values
             that one alone would get. None for this one alone.
         progress: told the number of images after each batch that this process has done.
+
+    Raises:
+        DatasetError: the model is class-conditional, and the images have no classes or others.
     """
     device = next(model.parameters()).device
     ranks = ranks or Ranks()
+    labels = class_labels(model, images)
     batches = indices.split(batch_size)
     own: dict[int, dict[str, Tensor]] = {}
     for number in ranks.share(draws * len(batches)):
         draw, batch = divmod(number, len(batches))
         seed_generators(device, seed, Use.EVALUATION, draw, batch)
-        bound = model.bound(dequantize(images[batches[batch]].to(device), bits=bits))
+        x = dequantize(images[batches[batch]].to(device), bits=bits)
+        bound = model.bound(x) if labels is None else model.bound(x, labels=labels[batches[batch]].to(device))
         values = {_TOTAL: bits_per_dim(bound.nats.double(), model.dims, bits), **bound.levels}
         own[number] = {name: value.double().cpu() for name, value in values.items()}
         progress(len(batches[batch]))

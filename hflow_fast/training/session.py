@@ -10,16 +10,15 @@ from typing import Any, Callable
 
 from torch import Tensor
 
-from ..data import dequantize
 from ..errors import CheckpointError, DatasetError
-from ..inference import draw_samples, image_grid, reconstruct, save_png
+from ..inference import save_png
 from .checkpoint import read_checkpoint
 from .evaluation import evaluation_indices, held_out_bits_per_dim
 from .fid import load_extractor, measure_fid
 from .intervals import INTERVALS, Interval
 from .journal import describe_session, journal
 from .log import RunLog
-from .optimizer import learning_rates
+from .pictures import reconstruction_grid, sample_grid
 from .progress import Limits, ProgressBar, StopRequest, stop_on_signals
 from .trainer import Trainer
 from .window import Window
@@ -30,7 +29,6 @@ _LOG_SECONDS = 5.0  # reading the loss waits for the device, so it is done this 
 _RETRY_SECONDS = 300.0  # until a failed save is tried again
 _SKIPPED_IN_A_ROW = 20
 _BEST_BY = "held_out_bits_per_dim"
-_GRID = 8  # images per row of the grids
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -229,7 +227,8 @@ class Session:
         values = {"epoch": epoch, "images": trainer.step_count * general.samples_per_grad_eval,
                   "seconds": round(trainer.seconds, 3)}
         values |= window.read(general.samples_per_grad_eval)
-        values |= {f"learning_rate/{role}": rate for role, rate in learning_rates(epoch, general).items()}
+        rates = trainer.learning_rates(trainer.step_count - 1)
+        values |= {f"learning_rate/{role}": rate for role, rate in rates.items()}
         if log is not None:
             _attempt(lambda: log.write(trainer.step_count, values), "the metrics could not be written")
             if values["skipped_steps"]:
@@ -273,7 +272,7 @@ class Session:
         if log is None:
             return False
         if grids:
-            self._draw(log, held_out[indices[:_GRID]])
+            self._draw(log, indices)
         if metrics and self._extractor is not None:
             try:
                 values["fid"] = measure_fid(model, trainer.dataset, self._extractor, trainer.config)
@@ -285,15 +284,15 @@ class Session:
         self._measured = {"step": step, _BEST_BY: bits}
         return bits < self._best
 
-    def _draw(self, log: RunLog, images: Tensor) -> None:
-        """Grids of samples, and of reconstructions of ``images``."""
-        trainer, general, step = self._trainer, self._trainer.config.general, self._trainer.step_count
-        samples = draw_samples(trainer.average, 4 * _GRID, std=trainer.config.output.sample_base_sigma,
-                               seed=general.seed)
-        exact = dequantize(images.to(trainer.device), bits=general.discretization_bits)
-        reconstructions = reconstruct(trainer.average, exact)
-        for folder, rows in ((trainer.run.samples, samples), (trainer.run.reconstructions, reconstructions)):
-            grid, path = image_grid(rows, min(_GRID, len(images))), folder / f"step_{step:08d}.png"
+    def _draw(self, log: RunLog, indices: Tensor) -> None:
+        """Grids of samples, and of reconstructions of held-out images."""
+        trainer, step = self._trainer, self._trainer.step_count
+        for folder, grid in (
+            (trainer.run.samples, sample_grid(trainer.average, trainer.config)),
+            (trainer.run.reconstructions,
+             reconstruction_grid(trainer.average, trainer.dataset.held_out, indices, trainer.config)),
+        ):
+            path = folder / f"step_{step:08d}.png"
             _attempt(lambda: save_png(grid, path), f"{path} could not be written")
             _attempt(lambda: log.write_picture(step, folder.name, grid), f"{path} could not be put into TensorBoard")
 

@@ -17,21 +17,23 @@ from torch import Tensor, nn
 
 from .._replay import Replay, cuda_recorder
 from ..data import Batches, ImageDataset, Loader, dequantize
-from ..errors import CheckpointError, ConfigError, DatasetError
+from ..data.classes import class_labels, number_of_classes
+from ..errors import CheckpointError, DatasetError
 from ..models import Noise
 from ..nn import initialize_locally, set_recompute
 from .changes import check_changes
 from .checkpoint import load_weights, read_checkpoint, save_checkpoint
-from .config import GeneralConfig, TrainConfig
+from .checks import check_cuda_graph, check_dataset, check_ranks
+from .config import TrainConfig
 from .diagnosis import diagnose
 from .distributed import Ranks, fingerprints
 from .ema import update_average
-from .optimizer import build_optimizer, clip_and_step, restore, set_epoch
+from .optimizer import build_optimizer, clip_and_step, learning_rates, restore, set_epoch
 from .randomness import Use, seed_generators, seeded_generator
 from .rotation import checkpoint_files, keep_checkpoint
 from .run import RunDirectory
 
-__all__ = ["StepResult", "Trainer", "check_cuda_graph", "check_dataset", "check_ranks"]
+__all__ = ["StepResult", "Trainer"]
 
 _INITIAL_BATCHES = 16  # batches of images behind the data-dependent initialisation, as in the original
 
@@ -77,7 +79,7 @@ class Trainer:
         general = self.config.general
         self.ranks = ranks or Ranks()
         check_ranks(self.ranks.count, general)
-        check_dataset(dataset, model.resolution, general)
+        check_dataset(dataset, model.resolution, general, number_of_classes(model))
         check_cuda_graph(torch.device(device), general)
         self.model = model.to(device)
         if hasattr(model, "set_precision"):
@@ -99,10 +101,12 @@ class Trainer:
         self.changes: list[str] = []
         """Configuration keys that have changed since then."""
         self.steps_per_epoch = len(dataset.train) // general.samples_per_grad_eval
-        self._raw_config = config
-        self._optimizer = build_optimizer(self.model.parameter_groups(), general)
+        self._labels = class_labels(model, dataset.train)
+        self._raw_config = config if self._labels is None else _with_class_names(config, dataset)
+        self._optimizer = build_optimizer(self.model.parameter_groups(), general, self.steps_per_epoch)
         batches = Batches(len(dataset.train), general.samples_per_grad_eval, seed=general.seed)
-        self._loader = Loader(dataset.train, batches, general.batch_size, device=device, share=self.ranks.share)
+        self._loader = Loader(dataset.train, batches, general.batch_size, device=device, share=self.ranks.share,
+                              labels=self._labels)
         # Merged passes draw from generators of their own, which a graph would keep at the seeds of its capture.
         records = self.device.type == "cuda" and general.cuda_graph != "off" and general.merge_batches == 1
         self._replay: Replay[tuple[Tensor, Tensor, Tensor]] = Replay(
@@ -137,17 +141,29 @@ class Trainer:
         """One optimizer step on the next SAMPLES_PER_GRAD_EVAL images, taken in passes of BATCH_SIZE."""
         general = self.config.general
         epoch = self.epoch
-        set_epoch(self._optimizer, epoch, general)
+        set_epoch(self._optimizer, epoch, general, self._warm_up(self.step_count))
         self.model.train()
         waited = self._loader.seconds
         images = next(self._loader)
         waited = self._loader.seconds - waited
         weight = 1.0 if epoch == 0 else general.ema_weight
-        results = self._replay.run(partial(self._work, weight=weight), images, self._launches(weight), self._changed)
+        inputs = [*images, *self._loader.labels]
+        results = self._replay.run(partial(self._work, weight=weight), inputs, self._launches(weight), self._changed)
         self.step_count += 1
         # A recorded step writes its results into the same memory each time.
         loss, norm, skipped = [value.clone() for value in results] if self._replay.is_recorded else results
         return StepResult(loss, norm, skipped, waited)
+
+    def learning_rates(self, step: int) -> dict[str, float]:
+        """The learning rate of each part of the model in a step, counted from 0."""
+        roles = [group["role"] for group in self._optimizer.param_groups]
+        return learning_rates(step // self.steps_per_epoch, self.config.general, roles, self._warm_up(step))
+
+    def _warm_up(self, step: int) -> float:
+        """The factor on the learning rates: the images seen before the step, of those of WARMUP_EPOCHS."""
+        general = self.config.general
+        images = general.warmup_epochs * len(self.dataset.train)
+        return min(1.0, step * general.samples_per_grad_eval / images) if images else 1.0
 
     def diagnose(self) -> str:
         """Repeats the last step, which was skipped, and says where the first value arises that is not finite.
@@ -199,25 +215,27 @@ class Trainer:
                         {"step": self.step_count, **notes})
 
     def _work(
-        self, images: Sequence[Tensor], weight: float
+        self, inputs: Sequence[Tensor], weight: float
     ) -> Generator[Callable[[], object], None, tuple[Tensor, Tensor, Tensor]]:
         """A step on the device, in the legs of :mod:`hflow_fast._replay`: nothing in it asks the device for a value.
 
         Args:
-            images: of this process's passes, uint8.
+            inputs: of this process's passes the images, uint8; then, for a class-conditional model, their labels.
             weight: of the model in its moving average.
 
         Returns:
             Loss, gradient norm and whether the step was skipped.
         """
         loss = torch.zeros((), device=self.device)
-        numbered = zip(self.ranks.share(len(self._loader.parts)), images)
+        own = self.ranks.share(len(self._loader.parts))
+        images, labels = inputs[:len(own)], inputs[len(own):] or [None] * len(own)
+        numbered = zip(own, images, labels)
         with getattr(self.model, "prepared", nullcontext)():  # what depends on the weights alone: once for all passes
             while passes := list(islice(numbered, self.config.general.merge_batches)):
                 if len(passes) == 1:
-                    number, part = passes[0]
+                    number, part, classes = passes[0]
                     yield partial(self._start_noise, number)
-                    part_loss = self._pass(part)
+                    part_loss = self._pass(part, classes)
                 else:
                     part_loss = self._merged_pass(passes)
                 part_loss.backward()
@@ -244,23 +262,27 @@ class Trainer:
         """The noise of a pass is the same whichever process has it, and whatever came before."""
         seed_generators(self.device, self.config.general.seed, Use.STEP, self.step_count, number)
 
-    def _pass(self, images: Tensor) -> Tensor:
+    def _pass(self, images: Tensor, labels: Tensor | None) -> Tensor:
         """The loss of a pass, divided by how many make up the step."""
-        return self.model.loss(self._dequantize(images)).mean() / len(self._loader.parts)
+        return self.model.loss(self._dequantize(images), **_given(labels)).mean() / len(self._loader.parts)
 
-    def _merged_pass(self, passes: Sequence[tuple[int, Tensor]]) -> Tensor:
+    def _merged_pass(self, passes: Sequence[tuple[int, Tensor, Tensor | None]]) -> Tensor:
         """The sum of the losses of several numbered passes, run as one, each with its own noise and statistics."""
         generators = [seeded_generator(self.device, self.config.general.seed, Use.STEP, self.step_count, number)
-                      for number, _ in passes]
-        images = [self._dequantize(part, own) for (_, part), own in zip(passes, generators)]
-        losses = self.model.loss(torch.cat(images), Noise(generators))
+                      for number, _, _ in passes]
+        images = [self._dequantize(part, own) for (_, part, _), own in zip(passes, generators)]
+        labels = None if self._labels is None else torch.cat([classes for _, _, classes in passes])
+        losses = self.model.loss(torch.cat(images), Noise(generators), **_given(labels))
         return losses.mean() * (len(passes) / len(self._loader.parts))
 
     def _repeated_passes(self) -> Iterator[Tensor]:
         """The passes of the last step, all of them in this process."""
         for number, part in enumerate(self._loader.parts):
             seed_generators(self.device, self.config.general.seed, Use.STEP, self.step_count - 1, number)
-            yield self._pass(self.dataset.train[part])
+            yield self._pass(self.dataset.train[part], self._labels_of(part))
+
+    def _labels_of(self, indices: Tensor) -> Tensor | None:
+        return None if self._labels is None else self._labels[indices].to(self.device)
 
     def _restore(self) -> None:
         checkpoint = read_checkpoint(self.run.path, "model", "average", "training")
@@ -273,7 +295,7 @@ class Trainer:
         self.changes = check_changes(checkpoint.config, self._raw_config, str(self.run.path))
         load_weights(self.model, checkpoint.model, checkpoint.path)
         load_weights(self.average, checkpoint.average, checkpoint.path)
-        restore(self._optimizer, training["optimizer"])
+        restore(self._optimizer, training["optimizer"], self.config.general, self.steps_per_epoch)
         self._loader.load_state_dict(training["batches"])
         self.step_count, self.seconds = training["step"], training["seconds"]
         self.session_state = training.get("session", {})
@@ -282,10 +304,11 @@ class Trainer:
     def _initialize_from_data(self) -> None:
         general = self.config.general
         count = min(_INITIAL_BATCHES * general.batch_size, len(self.dataset.train))
-        choice = torch.randperm(len(self.dataset.train), generator=torch.Generator().manual_seed(general.seed))[:count]
+        order = torch.randperm(len(self.dataset.train), generator=torch.Generator().manual_seed(general.seed))
+        choice = order[:count].sort().values
         seed_generators(self.device, general.seed, Use.INITIALIZATION)
         with initialize_locally():  # one process does this for all
-            self.model.initialize(self._dequantize(self.dataset.train[choice.sort().values]))
+            self.model.initialize(self._dequantize(self.dataset.train[choice]), **_given(self._labels_of(choice)))
 
     def _gradients(self) -> list[Tensor]:
         """The gradients that all processes have; a parameter that got none here counts as zero."""
@@ -307,52 +330,12 @@ class Trainer:
                           noise_std=general.added_noise_std, flip=general.horizontal_flips, generator=generator)
 
 
-def check_dataset(dataset: ImageDataset, resolution: int, config: GeneralConfig) -> None:
-    """Whether a model of this resolution can be trained on the dataset.
-
-    Raises:
-        ConfigError: the configuration's own RESIZE_DATA_TO is not the model's resolution.
-        DatasetError: it is of another resolution, has too few images for one step, or none to evaluate on.
-    """
-    if config.resize_data_to not in (None, resolution):
-        raise ConfigError(f"GENERAL.RESIZE_DATA_TO is {config.resize_data_to}, but the model's RESOLUTIONS begin with "
-                          f"{resolution}; make them equal.")
-    if dataset.resolution != resolution:
-        raise DatasetError(f"{dataset.path}: its images are {dataset.resolution} px, the model's {resolution} px; "
-                           f"make a dataset with hflow-fast dataset … --resolution {resolution}.")
-    if not len(dataset.held_out):
-        raise DatasetError(f"{dataset.path}: no held-out images, so the model could not be judged; "
-                           "make the dataset again with --held-out.")
-    if len(dataset.train) < config.samples_per_grad_eval:
-        raise DatasetError(f"{dataset.path}: {len(dataset.train)} training images are too few for one step; "
-                           f"add images or lower SAMPLES_PER_GRAD_EVAL ({config.samples_per_grad_eval}).")
+def _with_class_names(config: dict[str, Any], dataset: ImageDataset) -> dict[str, Any]:
+    """What every checkpoint says: whoever samples from it has names for the classes without the dataset."""
+    names = config["GENERAL"].get("CLASS_NAMES") or dataset.classes
+    return config | {"GENERAL": config["GENERAL"] | {"CLASS_NAMES": names}}
 
 
-def check_cuda_graph(device: torch.device, config: GeneralConfig) -> None:
-    """Whether the CUDA graphs that the configuration insists on are possible.
-
-    Raises:
-        ConfigError: the device has none, or passes are merged, which cannot be recorded.
-    """
-    if config.cuda_graph == "on" and device.type != "cuda":
-        raise ConfigError(f"GENERAL.CUDA_GRAPH is on, but the device is {device}: train on a CUDA device, or set it to "
-                          "auto.")
-    if config.cuda_graph == "on" and config.merge_batches > 1:
-        raise ConfigError(f"GENERAL.CUDA_GRAPH is on, but merged passes (MERGE_BATCHES {config.merge_batches}) cannot be "
-                          "recorded: set one of them to auto or 1.")
-
-
-def check_ranks(count: int, config: GeneralConfig) -> None:
-    """Whether ``count`` processes can share the passes of a step.
-
-    Raises:
-        ConfigError: there are more of them than passes.
-    """
-    samples, batch = config.samples_per_grad_eval, config.batch_size
-    if count <= samples // batch:
-        return
-    fitting = [size for size in range(1, batch) if samples % size == 0 and samples // size >= count]
-    advice = f"lower BATCH_SIZE to {fitting[-1]}, " if fitting else ""
-    raise ConfigError(f"{count} processes, but a step has {samples // batch} passes (SAMPLES_PER_GRAD_EVAL {samples} / "
-                      f"BATCH_SIZE {batch}): start at most {samples // batch} processes, {advice}or raise "
-                      f"SAMPLES_PER_GRAD_EVAL to {count * batch}.")
+def _given(labels: Tensor | None) -> dict[str, Tensor]:
+    """What a pass of a class-conditional model is given beside the images; nothing for other models."""
+    return {} if labels is None else {"labels": labels}

@@ -46,7 +46,7 @@ def test_every_public_name_is_in_the_reference(site):
 
 def test_fields_and_methods_are_in_the_reference(site):
     names = _python_objects(site)
-    assert {"hflow_fast.training.GeneralConfig.ema_weight", "hflow_fast.models.hflow.LevelTerms.log_prior",
+    assert {"hflow_fast.training.GeneralConfig.ema_weight", "hflow_fast.models.LevelTerms.log_prior",
             "hflow_fast.models.HFlow.latent_shapes", "hflow_fast.nn.ActNorm.forward"} <= names
 
 

@@ -13,7 +13,7 @@ from hflow_fast.configs import load_config, preset_names
 from hflow_fast.models import HFlow, HFlowConfig
 from hflow_fast.models.hflow.architecture import read_levels
 
-PRESETS = preset_names()
+PRESETS = preset_names("hflow")
 
 
 @pytest.mark.parametrize("name", PRESETS)

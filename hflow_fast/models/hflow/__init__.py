@@ -1,6 +1,6 @@
 """HFlow: the hierarchical flow of "Invertible Hierarchical Generative Model for Images" (TMLR 2023)."""
 
-from .bound import LevelTerms, LikelihoodBound
+from ..bound import LevelTerms, LikelihoodBound
 from .config import EndblockConfig, HFlowConfig
 from .model import HFlow
 from .noise import Noise

@@ -195,7 +195,7 @@ class HFlowConfig(Section):
             return source
         if isinstance(source, Mapping) and "RESOLUTIONS" in source:
             source = {"MODEL_PARAMETERS": source}
-        config = cls.parse(load_config(source)["MODEL_PARAMETERS"], "MODEL_PARAMETERS")
+        config = cls.parse(load_config(source, model="hflow")["MODEL_PARAMETERS"], "MODEL_PARAMETERS")
         read_levels(config)  # checks what the strings mean together
         return config
 

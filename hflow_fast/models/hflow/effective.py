@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ...nn._cache import ParameterCache
+from ..precision import NetworkForm
 from .affines import FoldedAffines, StepAffines, fold_to_latent
 from .layers import Equalized, Together, join
-from .precision import NetworkForm
 
 __all__ = ["EffectiveWeights"]
 

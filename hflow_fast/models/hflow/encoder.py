@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...nn.recompute import Recomputable
+from ..precision import widen
 from .architecture import LevelSpec
 from .config import EndblockConfig
 from .layers import EqualConv2d, downsample, instance_norm
-from .precision import widen
 
 __all__ = ["CodeEncoder", "LevelEncoder"]
 

@@ -7,9 +7,9 @@ from typing import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..bound import LevelTerms, gaussian_log_prob
 from .affines import StepAffines
 from .architecture import hflow_coupling
-from .bound import LevelTerms, gaussian_log_prob
 from .config import EndblockConfig
 from .coupling_nets import VectorCouplingNet
 from .flow import ConditionalFlow

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ... import ops
 from ...ops import bias_act
-from .precision import NetworkForm, conv2d, linear
+from ..precision import NetworkForm, conv2d, linear
 
 __all__ = [
     "EqualConv2d", "EqualLinear", "Equalized", "Together", "downsample", "instance_norm", "join", "merge_residual",

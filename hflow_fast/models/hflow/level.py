@@ -6,9 +6,9 @@ import math
 
 from torch import Tensor, nn
 
+from ..bound import LevelTerms, gaussian_log_prob
 from .affines import StepAffines
 from .architecture import LevelSpec, StepSpec
-from .bound import LevelTerms, gaussian_log_prob
 from .coupling_nets import PlainCouplingNet, PoolingCouplingNet
 from .decoder import Decoded, LevelDecoder
 from .encoder import LevelEncoder

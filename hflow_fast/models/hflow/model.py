@@ -9,8 +9,9 @@ from typing import Any, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..bound import LikelihoodBound
+from ..precision import Precision, choose
 from .architecture import read_levels
-from .bound import LikelihoodBound
 from .config import HFlowConfig
 from .decoder import CodeDecoder
 from .effective import EffectiveWeights
@@ -20,7 +21,6 @@ from .layers import EqualConv2d
 from .level import Level
 from .noise import Noise
 from .original import load_original
-from .precision import PRECISIONS, NetworkForm, Precision, defaults
 
 __all__ = ["HFlow"]
 
@@ -117,7 +117,7 @@ class HFlow(nn.Module):
 
         Parameters, flow variables, scales and shifts as they are applied, log-dets, statistics of norms, noise, channel
         maps and exponentials of matrices are float32 or better in all precisions, float64 in :meth:`encode` where the
-        networks are coarser than float32; why, says :mod:`hflow_fast.models.hflow.precision`.
+        networks are coarser than float32; why, says :mod:`hflow_fast.models.precision`.
 
         Args:
             precision: "fp32"; "tf32", in which a GPU's convolutions round their float32 inputs to 10 bits; "bf16", with
@@ -129,13 +129,9 @@ class HFlow(nn.Module):
         Returns:
             The model.
         """
-        if precision not in (None, *PRECISIONS):
-            raise ValueError(f"HFlow.set_precision: {precision!r} is none of {', '.join(PRECISIONS)}.")
-        precision, by_default = defaults(next(self.parameters()).device, precision)
-        channels_last = by_default if channels_last is None else channels_last
-        torch.backends.cudnn.allow_tf32 = precision != "fp32"
-        self._precision, self._channels_last = precision, channels_last
-        self._weights.take_form(NetworkForm(torch.bfloat16 if precision == "bf16" else None, channels_last))
+        self._precision, form = choose(self, precision, channels_last)
+        self._channels_last = form.channels_last
+        self._weights.take_form(form)
         return self
 
     def prepared(self) -> AbstractContextManager[None]:

@@ -1,13 +1,13 @@
-"""In which arithmetic HFlow's networks compute; flow variables are float32 or better in all of them.
+"""In which arithmetic the networks of models compute; flow variables are float32 or better in all of them.
 
 A network in bfloat16 is a staircase: inputs that differ in their last float32 bit now and then round to different
 bfloat16 values, here or in any layer behind, and then the scales and shifts differ by bfloat16's 0.4 %. Inverting a
 coupling in float32 brings its passive half back to the last bit or two, not exactly, so after a few dozen steps an
 image decoded from its latents carries noise of bfloat16's size. Finer inputs to a network do not help, since every
 layer rounds. With flow variables in float64, what the networks see comes back 10⁹ times closer than the stairs are
-wide: the networks return the same bits in both directions, and :meth:`HFlow.decode` is as exact as can be. So
-:meth:`HFlow.encode` has float64 flow variables, and latents, wherever the networks are coarser than float32; they are
-a small part of the work. Training and sampling invert nothing and keep float32.
+wide: the networks return the same bits in both directions, and decoding is as exact as can be. So encoding has float64
+flow variables, and latents, wherever the networks are coarser than float32; they are a small part of the work. Training
+and sampling invert nothing and keep float32.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["PRECISIONS", "NetworkForm", "Precision", "conv2d", "defaults", "linear", "widen"]
+__all__ = ["PRECISIONS", "NetworkForm", "Precision", "choose", "conv2d", "defaults", "linear", "widen"]
 
 Precision = Literal["fp32", "tf32", "bf16"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
@@ -55,6 +55,23 @@ def defaults(device: torch.device, precision: Precision | None = None) -> tuple[
     cores want it."""
     precision = precision or ("tf32" if device.type == "cuda" else "fp32")
     return precision, precision == "bf16" or (precision == "tf32" and device.type == "cuda")
+
+
+def choose(model: nn.Module, precision: Precision | None, channels_last: bool | None) -> tuple[Precision, NetworkForm]:
+    """What a model's ``set_precision`` does with its arguments: the precision, and the form of its networks.
+
+    It sets whether convolutions of the whole process may be tf32.
+
+    Raises:
+        ValueError: there is no such precision.
+    """
+    if precision not in (None, *PRECISIONS):
+        raise ValueError(f"{type(model).__name__}.set_precision: {precision!r} is none of {', '.join(PRECISIONS)}.")
+    precision, by_default = defaults(next(model.parameters()).device, precision)
+    torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    form = NetworkForm(torch.bfloat16 if precision == "bf16" else None,
+                       by_default if channels_last is None else channels_last)
+    return precision, form
 
 
 def widen(x: Tensor) -> Tensor:

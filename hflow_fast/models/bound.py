@@ -1,4 +1,4 @@
-"""The variational bound on an image's log-likelihood, level by level."""
+"""An image's log-likelihood, or a bound on it, level by level."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...metrics import bits_per_dim
+from ..metrics import bits_per_dim
 
 __all__ = ["LevelTerms", "LikelihoodBound", "gaussian_log_prob"]
 
@@ -22,7 +22,7 @@ class LevelTerms:
     log_det: Tensor
     """log|det| of the level's flow, data → latent, (B,)."""
     entropy: Tensor | float
-    """Entropy of the noise on the level's target, (B,); 0 without noise."""
+    """Entropy of the noise on the level's target, (B,); 0 without noise, as in Glow."""
     dims: int
     """Values per image at this level."""
     weight: float
@@ -41,16 +41,18 @@ class LevelTerms:
 
 @dataclass(frozen=True)
 class LikelihoodBound:
-    """HFlow's variational bound on −log p(x): the sum of its levels' terms, lowest level first."""
+    """−log p(x) of a Glow, or HFlow's variational bound on it: the sum of its levels' terms, lowest level first."""
 
     terms: dict[str, LevelTerms]
-    """Keyed ``"endblock.0"``, …, ``"8"``, …, and the image's resolution."""
+    """Keyed by the resolution of the level's latent; before them, in an HFlow, ``"endblock.0"``, …."""
     dims: int
     """Values per image."""
+    penalty: Tensor | None = None
+    """What the loss has beside them, (B,): a class-conditional Glow's weighted classifier loss."""
 
     @property
     def nats(self) -> Tensor:
-        """Upper bound of −log p(x) in nats, x in [-0.5, 0.5], (B,)."""
+        """−log p(x), or its upper bound, in nats, x in [-0.5, 0.5], (B,)."""
         return torch.stack([term.nats for term in self.terms.values()]).sum(dim=0)
 
     @property
@@ -60,8 +62,9 @@ class LikelihoodBound:
 
     @property
     def loss(self) -> Tensor:
-        """What training minimises: the levels' bits per dimension times their weights, (B,)."""
-        return torch.stack([term.bits * term.weight for term in self.terms.values()]).sum(dim=0)
+        """What training minimises: the levels' bits per dimension times their weights, and the penalty, (B,)."""
+        loss = torch.stack([term.bits * term.weight for term in self.terms.values()]).sum(dim=0)
+        return loss if self.penalty is None else loss + self.penalty
 
     def bits_per_dim(self, bits: int = 8) -> Tensor:
         """Bits per dimension of the image, for pixels of ``bits`` bits scaled to one unit, (B,)."""
