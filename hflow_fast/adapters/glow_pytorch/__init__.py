@@ -1,12 +1,12 @@
 """Fast classes for the PyTorch ports of Glow: code that people copy into theirs, which no import can tell from other code.
 
 A layer is recognised by the name of its class; by its parameters, buffers, submodules and methods
-(:func:`.glow_pytorch_trial.misfit`); and by what it does (:func:`.glow_pytorch_trial.disagreement`): what behaves
+(:func:`.trial.misfit`); and by what it does (:func:`.trial.disagreement`): what behaves
 otherwise, such as a coupling that someone gave another scale, stays as it is. Known are
 
 - rosinality/glow-pytorch: ``ActNorm``, ``InvConv2d``, ``InvConv2dLU``, ``AffineCoupling``, ``Flow``, ``Block``;
 - chaiyujin/glow-pytorch and y0ast/Glow-PyTorch: ``ActNorm2d``, ``InvertibleConv1x1``, ``Permute2d``, ``FlowStep``,
-  ``SqueezeLayer``, ``Split2d``, ``FlowNet``.
+  ``SqueezeLayer``, ``Split2d``, ``FlowNet``, and ``Conv2d`` with an actnorm.
 
 Fast classes are subclasses of the class at hand, made once for each. Copies and pickles of fast layers are fast.
 """
@@ -15,21 +15,21 @@ from __future__ import annotations
 
 from torch import nn
 
-from . import glow_pytorch_chaiyujin as chaiyujin
-from . import glow_pytorch_rosinality as rosinality
-from .accelerate import stock_class
-from .glow_pytorch_port import Port, fast_class
-from .glow_pytorch_trial import disagreement, misfit
-from .report import Match
+from ..accelerate import stock_class
+from ..report import Match
+from . import rosinality
+from .chaiyujin_layers import ActNorm2d, Conv2d, InvertibleConv1x1, Permute2d
+from .chaiyujin_nets import FlowNet, FlowStep, Split2d, SqueezeLayer
+from .port import Port, fast_class
+from .trial import disagreement, misfit
 
 __all__ = ["match"]
 
 _PORTS: dict[str, type[Port]] = {
     port.__name__: port for port in (
         rosinality.ActNorm, rosinality.InvConv2d, rosinality.InvConv2dLU, rosinality.AffineCoupling, rosinality.Flow,
-        rosinality.Block, chaiyujin.ActNorm2d, chaiyujin.InvertibleConv1x1, chaiyujin.Permute2d, chaiyujin.FlowStep,
-        chaiyujin.SqueezeLayer, chaiyujin.Split2d, chaiyujin.FlowNet)}
-_COMMON_NAMES = (rosinality.Flow, rosinality.Block)
+        rosinality.Block, ActNorm2d, InvertibleConv1x1, Permute2d, FlowStep, SqueezeLayer, Split2d, FlowNet, Conv2d)}
+_COMMON_NAMES = (rosinality.Flow, rosinality.Block, Conv2d)
 """Names that code with no flow in it has, too: one that is built otherwise is no variant of ours."""
 _LIBRARIES = ("FrEIA", "hflow_fast", "nflows", "normflows", "torch")
 

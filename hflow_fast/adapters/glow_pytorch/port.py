@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..nn._fusion import ChannelMap, Coupling, run
-from ..ops import CouplingSpec, coupling
-from ._folding import Part, Shuffle, folding_of
+from ...nn._fusion import Coupling, Evaluated
+from ...ops import CouplingSpec, coupling
+from .._chain import Map, Part, Shuffle, evaluate
 
-__all__ = ["Port", "evaluate", "fast_class", "first_convolution_inputs", "is_watched", "normal_log_prob", "zeros"]
+__all__ = ["Port", "evaluate_as_stock", "fast_class", "first_convolution_inputs", "is_watched", "normal_log_prob"]
 
 
 class Port(nn.Module):
@@ -26,6 +26,15 @@ class Port(nn.Module):
     """Methods the class must have, with the names of their arguments; the first may be called anything."""
     attributes: ClassVar[tuple[str, ...]] = ()
     """What instances must have beside parameters, buffers and submodules."""
+
+    overrides: ClassVar[tuple[str, ...]] = ()
+    """Methods of the class, beside those above, that the mix-in has, too."""
+
+    @classmethod
+    @functools.cache
+    def own_names(cls) -> frozenset[str]:
+        """Names that must mean what they mean here."""
+        return frozenset(dir(cls)) - frozenset(dir(nn.Module)) - {*cls.methods, *cls.overrides}
 
     @classmethod
     def layout(cls, module: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -44,7 +53,7 @@ class Port(nn.Module):
 
     @classmethod
     def networks(cls, module: nn.Module) -> dict[str, tuple[int, int]]:
-        """Which of them are networks that :class:`.glow_pytorch_trial.Trial` replaces; input and output channels."""
+        """Which of them are networks that :class:`.trial.Trial` replaces; input and output channels."""
         return {}
 
     @classmethod
@@ -55,10 +64,11 @@ class Port(nn.Module):
     @classmethod
     def example(cls, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
         """Values for the parameter ``name`` to try the layer with: as if trained, and well-conditioned."""
-        values = torch.rand(shape, generator=generator, dtype=torch.float64) * 0.6 - 0.3
-        if len(shape) < 2 or shape[0] != shape[1] or shape[0] == 1:
+        options = {"generator": generator, "dtype": torch.float64, "device": "cpu"}
+        values = torch.rand(shape, **options) * 0.6 - 0.3
+        if len(shape) < 2 or shape[0] != shape[1] or shape.numel() != shape[0] ** 2 or shape[0] == 1:
             return values
-        rotation = torch.linalg.qr(torch.randn(shape[:2], generator=generator, dtype=torch.float64))[0].view(shape)
+        rotation = torch.linalg.qr(torch.randn(shape[:2], **options))[0].view(shape)
         return 1.2 * rotation if name == "weight" else 0.3 * rotation
 
     @classmethod
@@ -96,7 +106,7 @@ class Port(nn.Module):
 @functools.cache
 def fast_class(port: type[Port], stock: type[nn.Module]) -> type[nn.Module]:
     """The subclass of ``stock`` that runs fused, named like it."""
-    return type(stock.__name__, (port, stock), {"__module__": f"{__package__}.glow_pytorch", "__doc__": stock.__doc__})
+    return type(stock.__name__, (port, stock), {"__module__": __package__, "__doc__": stock.__doc__})
 
 
 def _new(port: type[Port], stock: type[nn.Module], *arguments: Any) -> nn.Module:
@@ -117,17 +127,11 @@ def is_watched(module: nn.Module) -> bool:
     return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
 
 
-def evaluate(layer: nn.Module, name: str, x: Tensor, parts: list[Part]) -> tuple[Tensor, Tensor]:
-    """``parts`` on ``x``: the result and log|det|, (B,), or 0-dim where it is the same whatever ``x``, as in the ports.
-
-    Args:
-        layer: keeps what the parts fold to,
-        name: as its chain of this name.
-    """
-    y, log_det = run(folding_of(layer).fold(name, parts, x), x)
-    maps = [part for part in parts if isinstance(part, ChannelMap)]
-    if all(isinstance(part, (ChannelMap, Shuffle)) or _is_additive(part) for part in parts):
-        log_det = math.prod(x.shape[2:]) * sum((part.log_det for part in maps), start=log_det.new_zeros(()))
+def evaluate_as_stock(owner: nn.Module, name: str, parts: list[Part], x: Tensor) -> Evaluated:
+    """:func:`.._chain.evaluate`, with a log-det 0-dim, as in the ports, where it is the same for every ``x``."""
+    y, log_det = evaluate(owner, name, parts, x)
+    if all(isinstance(part, (Map, Shuffle)) or _is_additive(part) for part in parts):
+        return y, log_det[0] if len(log_det) else log_det.sum()
     return y, log_det
 
 
@@ -140,8 +144,3 @@ def normal_log_prob(z: Tensor, raw: Tensor, spec: CouplingSpec) -> Tensor:
     noise, log_det = coupling(z, raw, spec, inverse=True)
     squares = noise.to(log_det.dtype).square().flatten(1).sum(dim=1)
     return log_det - 0.5 * (squares + math.log(2 * math.pi) * math.prod(z.shape[1:]))
-
-
-def zeros(x: Tensor) -> Tensor:
-    """A log-det of nothing, (B,)."""
-    return x.new_zeros(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any, Iterable
+import math
+from typing import Any, Hashable, Iterable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn._fusion import ChannelMap, Coupling, Evaluated, Opaque
-from ..nn._inversion import invert
-from ..ops import CouplingSpec, coupling, lu
-from ._folding import Part, affine_of_inverse, without_autocast
-from ._state import cache_of, is_set
-from .glow_pytorch_port import Port, evaluate, first_convolution_inputs, is_watched, normal_log_prob, zeros
+from ...nn._fusion import Coupling, Evaluated, Opaque
+from ...ops import CouplingSpec, coupling, lu
+from .._chain import Map, Part, evaluate, inverse_of, plu, zeros
+from .._stacked import StackedMaps
+from .._state import is_set
+from .port import Port, evaluate_as_stock, first_convolution_inputs, is_watched, normal_log_prob
 
 __all__ = ["ActNorm", "AffineCoupling", "Block", "Flow", "InvConv2d", "InvConv2dLU"]
 
@@ -35,9 +36,7 @@ class _Layer(Port):
         return self._evaluate(output, True)[0]
 
     def _evaluate(self, x: Tensor, inverse: bool) -> Evaluated:
-        with without_autocast(x):
-            parts = self.parts(inverse)
-        return evaluate(self, f"inverse {inverse}", x, parts)
+        return evaluate_as_stock(self, "data" if inverse else "latent", self.parts(inverse), x)
 
     @classmethod
     def run_trial(cls, module: nn.Module, x: Tensor) -> list[Any]:
@@ -48,6 +47,7 @@ class _Layer(Port):
 class ActNorm(_Layer):
     """scale · (x + loc), with a scale of either sign."""
 
+    mixes = False
     attributes = ("logdet",)
 
     @classmethod
@@ -75,48 +75,47 @@ class ActNorm(_Layer):
     def readiness(cls, module: nn.Module) -> str | None:
         if module.initialized.is_meta or module.initialized:
             return None
-        return "is not yet initialised from data; run a batch through the model, then accelerate it again"
+        return "is not initialised from data yet; run one batch, then accelerate again"
 
     def forward(self, input: Tensor) -> Any:
         if not is_set(self, "initialized"):
-    return super(Port, self).forward(input)  # the stock class's, which initialises
+            return super(Port, self).forward(input)  # the stock class's, which initialises
         out, log_det = self._evaluate(input, False)
         return (out, log_det) if self.logdet else out
 
     def parts(self, inverse: bool) -> list[Part]:
         if not inverse and not is_set(self, "initialized"):
             return [_called(self, inverse)]
-        return [cache_of(self).get(f"map {inverse}", [self.loc, self.scale], functools.partial(self._map, inverse))]
+        return [Map(self, inverse)]
 
-    def _map(self, inverse: bool) -> ChannelMap:
-        scale, loc = self.scale.flatten(), self.loc.flatten()
-        log_det = scale.abs().log().sum()
+    def kind(self) -> Hashable:
+        return self.map_channels(), self.scale.dtype, self.scale.device
+
+    def map_channels(self) -> int:
+        return self.loc.numel()
+
+    def tensors(self) -> Sequence[Tensor]:
+        return self.loc, self.scale
+
+    def alone(self, x: Tensor, inverse: bool) -> Evaluated:
+        log_det = self.scale.abs().log().sum() * math.prod(x.shape[2:])
+        y = x / self.scale - self.loc if inverse else torch.addcmul(self.scale * self.loc, self.scale, x)
+        return y, (-log_det if inverse else log_det).expand(len(x))
+
+    @staticmethod
+    def stacked(layers: Sequence[ActNorm], inverse: bool) -> StackedMaps:
+        scale, loc = (torch.stack(tensors).flatten(1) for tensors in zip(*(
+            (layer.scale, layer.loc) for layer in layers)))
+        log_det = scale.abs().log().sum(dim=1)
         if inverse:
-            return ChannelMap(scale.double().reciprocal(), -loc.double(), -log_det)
-        return ChannelMap(scale, scale * loc, log_det)
+            return StackedMaps(scale.double().reciprocal(), -loc, -log_det)
+        return StackedMaps(scale, scale * loc, log_det)
 
 
-class _Convolution(_Layer):
-    """A 1 × 1 convolution of a matrix."""
+class InvConv2d(_Layer):
+    """A 1 × 1 convolution with a free matrix."""
 
-    def _tensors(self) -> list[Tensor]:
-        """What the matrix is made of."""
-        raise NotImplementedError
-
-    def _map(self) -> ChannelMap:
-        raise NotImplementedError
-
-    def _inverse_map(self) -> ChannelMap:
-        weight, bias, log_det = self.parts(False)[0][:3]
-        return affine_of_inverse(invert(weight, type(self).__name__), bias, log_det)
-
-    def parts(self, inverse: bool) -> list[Part]:
-        compute = self._inverse_map if inverse else self._map
-        return [cache_of(self).get(f"map {inverse}", self._tensors(), compute)]
-
-
-class InvConv2d(_Convolution):
-    """A free matrix."""
+    mixes = True
 
     @classmethod
     def layout(cls, module: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -126,17 +125,29 @@ class InvConv2d(_Convolution):
     def channels(cls, module: nn.Module) -> int:
         return module.weight.shape[0]
 
-    def _tensors(self) -> list[Tensor]:
-        return [self.weight]
+    def parts(self, inverse: bool) -> list[Part]:
+        return [Map(self, inverse)]
 
-    def _map(self) -> ChannelMap:
-        weight = self.weight[:, :, 0, 0]
-        return ChannelMap(weight, None, lu(weight)[0])
+    def kind(self) -> Hashable:
+        return self.map_channels(), self.weight.dtype, self.weight.device
+
+    def map_channels(self) -> int:
+        return self.weight.shape[0]
+
+    def tensors(self) -> Sequence[Tensor]:
+        return (self.weight,)
+
+    @staticmethod
+    def stacked(layers: Sequence[InvConv2d], inverse: bool) -> StackedMaps:
+        weight = torch.stack([layer.weight for layer in layers])[..., 0, 0]
+        maps = StackedMaps(weight, None, lu(weight)[0])
+        return inverse_of(maps, "InvConv2d") if inverse else maps
 
 
-class InvConv2dLU(_Convolution):
-    """P L (U + diag(±e^s))."""
+class InvConv2dLU(_Layer):
+    """A 1 × 1 convolution with P L (U + diag(±e^s))."""
 
+    mixes = True
     methods = _Layer.methods | {"calc_weight": ()}
 
     @classmethod
@@ -149,11 +160,22 @@ class InvConv2dLU(_Convolution):
     def channels(cls, module: nn.Module) -> int:
         return module.w_s.numel()
 
-    def _tensors(self) -> list[Tensor]:
-        return [self.w_p, self.w_l, self.w_u, self.w_s, self.s_sign, self.u_mask, self.l_mask, self.l_eye]
+    def parts(self, inverse: bool) -> list[Part]:
+        return [Map(self, inverse)]
 
-    def _map(self) -> ChannelMap:
-        return ChannelMap(self.calc_weight()[:, :, 0, 0], None, self.w_s.sum())
+    def kind(self) -> Hashable:
+        return self.map_channels(), self.w_s.dtype, self.w_s.device
+
+    def map_channels(self) -> int:
+        return self.w_s.numel()
+
+    def tensors(self) -> Sequence[Tensor]:
+        return self.w_p, self.w_l, self.w_u, self.s_sign, self.w_s
+
+    @staticmethod
+    def stacked(layers: Sequence[InvConv2dLU], inverse: bool) -> StackedMaps:
+        maps = plu(*(torch.stack(tensors) for tensors in zip(*(layer.tensors() for layer in layers))))
+        return inverse_of(maps, "InvConv2dLU") if inverse else maps
 
 
 class AffineCoupling(_Layer):
@@ -234,10 +256,7 @@ class Block(Port):
         return [out, log_det, log_p, z, module.reverse(previous, z), module.reverse(previous, z, reconstruct=True)]
 
     def forward(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        squeezed = nn.functional.pixel_unshuffle(input, 2)
-        with without_autocast(input):
-            parts = _parts_of(self.flows, False)
-        out, log_det = evaluate(self, "forward", squeezed, parts)
+        out, log_det = evaluate_as_stock(self, "latent", _parts_of(self.flows, False), F.pixel_unshuffle(input, 2))
         if self.split:
             out, z = out.chunk(2, 1)
             return out, log_det, normal_log_prob(z, self.prior(out), _PRIOR), z
@@ -249,9 +268,7 @@ class Block(Port):
         else:
             z = coupling(eps, self.prior(output) if self.split else self._prior_of_zeros(output), _PRIOR)[0]
         z = torch.cat([output, z], 1) if self.split else z
-        with without_autocast(z):
-            parts = _parts_of(self.flows, True)
-        return nn.functional.pixel_shuffle(evaluate(self, "reverse", z, parts)[0], 2)
+        return F.pixel_shuffle(evaluate(self, "data", _parts_of(self.flows, True), z)[0], 2)
 
     def _prior_of_zeros(self, like: Tensor) -> Tensor:
         """The same for every sample, so computed for one."""

@@ -7,6 +7,7 @@ itself is not touched, and neither is the state of random numbers.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import warnings
 from types import CellType, FunctionType
@@ -15,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .accelerate import stock_class
-from .glow_pytorch_port import Port, fast_class
+from ..accelerate import stock_class
+from .port import Port, fast_class
 
 __all__ = ["disagreement", "misfit"]
 
 _TOLERANCE = 1e-4
 _BATCH, _HEIGHT, _WIDTH = 2, 4, 8
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _NETWORK_SPREAD = 3.0
 """Raw scales and shifts reach where a clamp or another activation shows."""
 
@@ -39,6 +41,9 @@ def misfit(port: type[Port], module: nn.Module) -> str | None:
     for attribute in port.attributes:
         if not hasattr(module, attribute):
             return f"it has no {attribute}"
+    taken = port.own_names() & (vars(module).keys() | vars(stock).keys())
+    if taken:
+        return f"it has a {min(taken)} of its own"
     try:
         expected_shapes, children = port.layout(module), port.children_of(module)
     except (AttributeError, IndexError, TypeError) as error:
@@ -66,9 +71,9 @@ def disagreement(port: type[Port], module: nn.Module) -> str | None:
     device = next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
     if device.type == "meta":
         return None
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     try:
-        x = torch.randn(_BATCH, port.channels(module), _HEIGHT, _WIDTH, generator=generator).to(device)
+        x = _random((_BATCH, port.channels(module), _HEIGHT, _WIDTH), generator).to(device)
         with warnings.catch_warnings(), torch.no_grad(), torch.autocast(device.type, enabled=False):
             warnings.simplefilter("ignore")
             expected, got = (_tried(port, twin(port, module, fast, device), x) for fast in (False, True))
@@ -104,34 +109,40 @@ def _agree(expected: Any, got: Any) -> bool:
 
 def twin(port: type[Port], module: nn.Module, fast: bool, device: torch.device, seed: int = 1) -> nn.Module:
     """A copy to be tried, in float32 and eval mode, the stock one or the fast one: the same values for the same seed."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     stock = stock_class(module) or type(module)
-    copy = object.__new__(fast_class(port, stock) if fast else stock)
-    vars(copy).update((name, value) for name, value in vars(module).items() if not name.startswith("_fused_"))
-    vars(copy)["training"] = False
-    vars(copy)["_parameters"] = {
+    double = object.__new__(fast_class(port, stock) if fast else stock)
+    vars(double).update((name, value) for name, value in vars(module).items() if not name.startswith("_fused_"))
+    vars(double).update({"training": False}, **{hooks: {} for hooks in _HOOKS})
+    vars(double)["_parameters"] = {
         name: None if parameter is None else nn.Parameter(
             port.example(name, parameter.shape, generator).to(device, torch.float32), requires_grad=False)
         for name, parameter in module._parameters.items()}
-    vars(copy)["_buffers"] = {name: _copied(buffer) for name, buffer in module._buffers.items()}
+    vars(double)["_buffers"] = {name: _copied(buffer) for name, buffer in module._buffers.items()}
     networks, children = port.networks(module), port.children_of(module)
-    vars(copy)["_modules"] = {
+    vars(double)["_modules"] = {
         name: _Network(*networks[name], generator).to(device) if name in networks
         else _twin_of_child(port, children[name], child, fast, device, seed + position)
         for position, (name, child) in enumerate(module._modules.items(), start=1)}
     for name, value in vars(module).items():
         if isinstance(value, FunctionType):
-            vars(copy)[name] = _rebound(value, module, copy)
-    port.prepare(copy)
-    return copy
+            vars(double)[name] = _rebound(value, module, double)
+    port.prepare(double)
+    return double
 
 
 def _twin_of_child(parent: type[Port], ports: tuple[type[Port], ...], child: nn.Module, fast: bool,
                    device: torch.device, seed: int) -> nn.Module:
+    if not ports:
+        return copy.deepcopy(child).to(device, torch.float32).eval()
     members = [twin(next(port for port in ports if misfit(port, member) is None), member, fast, device,
                     10 * seed + position)
                for position, member in enumerate(parent.enough(_members(child)))]
     return nn.ModuleList(members) if isinstance(child, nn.ModuleList) else members[0]
+
+
+def _random(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def _copied(buffer: Tensor | None) -> Tensor | None:
@@ -140,9 +151,9 @@ def _copied(buffer: Tensor | None) -> Tensor | None:
     return buffer.float().clone() if buffer.is_floating_point() else buffer.clone()
 
 
-def _rebound(function: FunctionType, module: nn.Module, copy: nn.Module) -> FunctionType:
+def _rebound(function: FunctionType, module: nn.Module, double: nn.Module) -> FunctionType:
     """A function that ``module`` keeps and that refers to it, for its copy."""
-    cells = tuple(CellType(copy) if cell.cell_contents is module else cell for cell in function.__closure__ or ())
+    cells = tuple(CellType(double) if cell.cell_contents is module else cell for cell in function.__closure__ or ())
     return FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)
 
 
@@ -151,9 +162,8 @@ class _Network(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, generator: torch.Generator) -> None:
         super().__init__()
-        weight = torch.randn(outputs, inputs, 1, 1, generator=generator) * (_NETWORK_SPREAD / inputs**0.5)
-        self.register_buffer("weight", weight)
-        self.register_buffer("bias", torch.randn(outputs, generator=generator))
+        self.register_buffer("weight", _random((outputs, inputs, 1, 1), generator) * (_NETWORK_SPREAD / inputs**0.5))
+        self.register_buffer("bias", _random((outputs,), generator))
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.conv2d(torch.tanh(x), self.weight, self.bias)

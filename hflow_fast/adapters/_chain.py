@@ -1,0 +1,246 @@
+"""Chains of layers that permute, mix or couple channels, as the pieces of :mod:`hflow_fast.nn._fusion`.
+
+All that stands between two couplings becomes one map, permutations included; and the maps of a whole chain are
+assembled together (:mod:`._stacked`), in as many calls as those of one layer.
+"""
+
+from __future__ import annotations
+
+import functools
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Callable, Hashable, Iterable, NamedTuple, Protocol, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .._checks import compute_dtype
+from ..nn._fusion import ChannelMap, Coupling, Evaluated, Opaque, Piece, run
+from ..nn._inversion import invert
+from ._stacked import StackedMaps, fold, unstack
+from ._state import cache_of
+
+__all__ = ["Map", "MapLayer", "Part", "Shuffle", "constant", "evaluate", "inverse_of", "plu", "zeros"]
+
+_MIXED_CHANNELS = 32
+"""Up to as many channels a map is as good as free behind a coupling (:func:`hflow_fast.ops.flow_step`); with more, one
+that is no full matrix costs less on its own."""
+
+
+class MapLayer(Protocol):
+    """A fast layer that is one linear map of the channels of every pixel."""
+
+    mixes: bool
+    """Whether it is a full matrix; otherwise it is a scale and a shift."""
+
+    def kind(self) -> Hashable:
+        """Layers of the same kind can be stacked."""
+
+    def tensors(self) -> Sequence[Tensor]:
+        """What the map depends on."""
+
+    def map_channels(self) -> int:
+        """C."""
+
+    def alone(self, x: Tensor, inverse: bool) -> Evaluated:
+        """One pass without a matrix; where it does not mix."""
+
+    @staticmethod
+    def stacked(layers: Sequence[Any], inverse: bool) -> StackedMaps:
+        """The maps of ``layers``, all of one kind; float64 where a matrix is inverted."""
+
+
+class Map(NamedTuple):
+    """One direction of a layer; ``inverse``: latent → data."""
+
+    layer: MapLayer
+    inverse: bool
+
+    @property
+    def channels(self) -> int:
+        return self.layer.map_channels()
+
+    @property
+    def kind(self) -> Hashable:
+        return type(self.layer), self.inverse, self.layer.kind()
+
+
+class Shuffle(NamedTuple):
+    """Channel i of the result is channel ``order[i]``."""
+
+    order: tuple[int, ...]
+
+    @property
+    def inverted(self) -> Shuffle:
+        """The one that undoes it."""
+        inverse = [0] * len(self.order)
+        for position, channel in enumerate(self.order):
+            inverse[channel] = position
+        return Shuffle(tuple(inverse))
+
+    @property
+    def is_identity(self) -> bool:
+        return self.order == tuple(range(len(self.order)))
+
+    @property
+    def channels(self) -> int:
+        return len(self.order)
+
+    @property
+    def kind(self) -> Hashable:
+        return self.order
+
+
+Part = Map | Shuffle | Coupling | Opaque
+Segment = list[Map | Shuffle]
+"""Neighbours that become one map, or none."""
+
+
+def evaluate(owner: nn.Module, name: str, parts: Iterable[Part], x: Tensor) -> Evaluated:
+    """``parts``, in the order of evaluation, on ``x`` (B, C, …): the result and log|det| (B,).
+
+    Args:
+        owner: keeps what depends on parameters alone while gradients are off,
+        name: for the chain that it calls this.
+    """
+    return run(_pieces(owner, name, parts, x), x)
+
+
+def _pieces(owner: nn.Module, name: str, parts: Iterable[Part], x: Tensor) -> list[Piece]:
+    pieces: list[Piece | int] = []
+    segments: list[Segment] = []
+    for part in _segmented(parts):
+        if not isinstance(part, list):
+            pieces.append(part)
+            continue
+        behind_coupling = bool(pieces) and isinstance(pieces[-1], Coupling)
+        if not any(isinstance(link, Map) and link.layer.mixes for link in part):
+            if part[0].channels > _MIXED_CHANNELS or (len(part) == 1 and not behind_coupling):
+                pieces += map(_on_its_own, part)
+                continue
+            if all(isinstance(link, Shuffle) for link in part):
+                pieces.append(_permutation(part[0].order, compute_dtype(x), x.device))
+                continue
+        pieces.append(len(segments))
+        segments.append(part)
+    maps = _maps(owner, name, segments, x)
+    return [maps[piece] if isinstance(piece, int) else piece for piece in pieces]
+
+
+def _segmented(parts: Iterable[Part]) -> Iterable[Coupling | Opaque | Segment]:
+    """With neighbouring maps in a list, which has no two shuffles side by side and none that changes nothing."""
+    segment: Segment = []
+    for part in parts:
+        if isinstance(part, Shuffle):
+            if segment and isinstance(segment[-1], Shuffle):
+                before = segment.pop().order
+                part = Shuffle(tuple(before[channel] for channel in part.order))
+            if not part.is_identity:
+                segment.append(part)
+        elif isinstance(part, Map):
+            segment.append(part)
+        else:
+            if segment:
+                yield segment
+            segment = []
+            yield part
+    if segment:
+        yield segment
+
+
+def _on_its_own(part: Map | Shuffle) -> Opaque:
+    if isinstance(part, Map):
+        return Opaque(functools.partial(part.layer.alone, inverse=part.inverse))
+    return Opaque(lambda x: (x.index_select(1, _index(part.order, x.device)), zeros(x)))
+
+
+def _maps(owner: nn.Module, name: str, segments: list[Segment], x: Tensor) -> list[ChannelMap]:
+    """Each segment as one map."""
+    if torch.is_grad_enabled() or not segments:
+        return _folded(segments, x)
+    links = [link for segment in segments for link in segment]
+    orders = tuple(link.order for link in links if isinstance(link, Shuffle))
+    return cache_of(owner).get(f"{name} {x.dtype} {x.device} {hash(orders)}",
+                               [tensor for link in links if isinstance(link, Map) for tensor in link.layer.tensors()],
+                               lambda: _folded(segments, x))
+
+
+def _folded(segments: list[Segment], x: Tensor) -> list[ChannelMap]:
+    groups: dict[Hashable, list[int]] = {}
+    for index, segment in enumerate(segments):
+        groups.setdefault(tuple(link.kind for link in segment), []).append(index)
+    maps: list[ChannelMap | None] = [None] * len(segments)
+    with _without_autocast(x):
+        for members in groups.values():
+            columns = (_stacked(column) for column in zip(*(segments[index] for index in members)))
+            folded = functools.reduce(_fold, columns)
+            for index, channel_map in zip(members, unstack(folded, compute_dtype(x))):
+                maps[index] = channel_map
+    return maps
+
+
+def _stacked(links: tuple[Map | Shuffle, ...]) -> StackedMaps | Shuffle:
+    """Links of one kind."""
+    first = links[0]
+    return first if isinstance(first, Shuffle) else first.layer.stacked([link.layer for link in links], first.inverse)
+
+
+def _fold(first: StackedMaps | Shuffle, second: StackedMaps | Shuffle) -> StackedMaps:
+    """``second`` after ``first``, of which one at most is a shuffle."""
+    if isinstance(first, Shuffle):
+        columns = _index(first.inverted.order, second.weight.device)
+        return second._replace(weight=_matrices(second.weight).index_select(2, columns))
+    if isinstance(second, Shuffle):
+        rows = _index(second.order, first.weight.device)
+        return first._replace(weight=_matrices(first.weight).index_select(1, rows),
+                              bias=None if first.bias is None else first.bias.index_select(1, rows))
+    return fold(first, second)
+
+
+def _matrices(weight: Tensor) -> Tensor:
+    return torch.diag_embed(weight) if weight.dim() == 2 else weight
+
+
+def inverse_of(maps: StackedMaps, layer: str) -> StackedMaps:
+    """x = W⁻¹ (y − b) in float64; warnings about a singular W call it ``layer``."""
+    weight = invert(maps.weight, layer)
+    bias = None if maps.bias is None else -(weight @ maps.bias.to(weight.dtype).unsqueeze(-1)).squeeze(-1)
+    return StackedMaps(weight, bias, -maps.log_det)
+
+
+def plu(permutation: Tensor, lower: Tensor, upper: Tensor, sign: Tensor, log_diagonal: Tensor) -> StackedMaps:
+    """P L (U + diag(±e^s)) of Glow (Eq. 10), for matrices (N, C, C), of which L and U count inside, and vectors (N, C)."""
+    identity = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
+    weight = permutation @ (lower.tril(-1) + identity) @ (upper.triu(1) + torch.diag_embed(sign * log_diagonal.exp()))
+    return StackedMaps(weight, None, log_diagonal.sum(dim=1))
+
+
+def zeros(x: Tensor) -> Tensor:
+    """A log-det of nothing, (B,)."""
+    return x.new_zeros(x.shape[0], dtype=compute_dtype(x))
+
+
+def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Matrices keep their precision."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def constant(make: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes a tensor of no parameter once for each list of arguments, for training and for inference mode alike."""
+    @functools.lru_cache(maxsize=512)
+    def keep(*arguments: Hashable) -> Any:
+        with torch.inference_mode(False):
+            return make(*arguments)
+
+    return lambda *arguments: make(*arguments) if torch.compiler.is_compiling() else keep(*arguments)
+
+
+@constant
+def _index(order: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(order, device=device)
+
+
+@constant
+def _permutation(order: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> ChannelMap:
+    matrix = torch.eye(len(order), dtype=dtype, device=device)[list(order)]
+    return ChannelMap(matrix, None, matrix.new_zeros(()))

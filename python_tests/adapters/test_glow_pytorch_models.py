@@ -1,0 +1,184 @@
+"""Whole models of the PyTorch ports of Glow, before and after: values, gradients, samples, copies, fusing."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hflow_fast.adapters import accelerate, restore
+from hflow_fast.nn import _fusion
+
+from .conftest import accelerated, assert_same
+from .glow_ports import IMAGES, Port, each_port, each_variant
+
+
+def images(count: int = IMAGES[0]) -> Tensor:
+    return torch.randn(count, *IMAGES[1:], generator=torch.Generator().manual_seed(1))
+
+
+@each_variant
+def test_values_and_gradients(port: Port, coupling: str, permutation: str) -> None:
+    stock = port.trained(coupling, permutation)
+    fast, report = accelerated(stock)
+    assert report.replaced and not report.left
+    for count in (4, 1):
+        # Log-dets of one port are rounded to float32 in a model of float64, too.
+        assert_same(stock, fast, images(count), call=port.encode, rtol=2e-5)
+        assert_same(stock, fast, *port.latents(count), call=port.decode, rtol=1e-4, exact=False)
+
+
+@each_variant
+def test_float64(port: Port, coupling: str, permutation: str) -> None:
+    stock = port.trained(coupling, permutation).double()
+    fast, _ = accelerated(stock)
+    assert_same(stock, fast, images().double(), call=port.encode, rtol=1e-7, exact=False)
+
+
+@each_variant
+@torch.no_grad()
+def test_without_gradients_from_kept_weights(port: Port, coupling: str, permutation: str) -> None:
+    stock = port.trained(coupling, permutation)
+    fast, _ = accelerated(stock)
+    for _ in range(2):
+        for _ in range(2):
+            for model in (stock, fast):
+                torch.manual_seed(3)
+                model.results = [*tensors(port.encode(model, images())), port.decode(model, *port.latents())]
+            for expected, got in zip(stock.results, fast.results, strict=True):
+                torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+        for model in (stock, fast):
+            for parameter in model.parameters():
+                parameter.mul_(1.02)
+
+
+def tensors(value: object) -> list[Tensor]:
+    return [value] if isinstance(value, Tensor) else [tensor for part in value for tensor in tensors(part)]
+
+
+@each_port
+def test_report(port: Port) -> None:
+    stock = port.trained()
+    fast, report = accelerated(stock)
+    kinds = {layer.kind.split(".")[1] for layer in report.replaced}
+    assert kinds == ({"FlowNet", "FlowStep", "ActNorm2d", "InvertibleConv1x1", "SqueezeLayer", "Split2d", "Conv2d"}
+                     if port.accumulates else {"Block", "Flow", "ActNorm", "InvConv2dLU", "AffineCoupling"})
+    again = accelerate(fast)
+    assert not again.replaced and len(again.already) == len(report.replaced)
+    port.encode(fast, images())
+    restore(fast)
+    assert [type(module) for module in fast.modules()] == [type(module) for module in stock.modules()]
+    assert "hflow_fast" not in "".join(type(value).__module__ for module in fast.modules()
+                                       for value in vars(module).values())
+
+
+@each_port
+@torch.no_grad()
+def test_state_copies_and_pickles(port: Port) -> None:
+    stock = port.trained()
+    fast, _ = accelerated(stock)
+    expected = tensors(port.encode(fast, images()))
+    copied = copy.deepcopy(fast)
+    assert [type(module) for module in copied.modules()] == [type(module) for module in fast.modules()]
+    again = [copied]
+    if port.name != "y0ast":  # whose own layers hold lambdas
+        saved = io.BytesIO()
+        torch.save(fast, saved)
+        saved.seek(0)
+        again += [pickle.loads(pickle.dumps(fast)), torch.load(saved, weights_only=False)]
+    for model in again:
+        assert all(torch.equal(a, b) for a, b in zip(tensors(port.encode(model, images())), expected, strict=True))
+    other = port.trained(scale=0.5)
+    other.load_state_dict(fast.state_dict())
+    for got, value in zip(tensors(port.encode(other, images())), expected, strict=True):
+        torch.testing.assert_close(got, value, rtol=1e-4, atol=1e-3)
+    with torch.no_grad():
+        next(copied.parameters()).add_(1)
+    assert all(torch.equal(a, b) for a, b in zip(tensors(port.encode(fast, images())), expected, strict=True))
+
+
+@each_port
+def test_training_goes_on(port: Port) -> None:
+    stock = port.trained()
+    fast = copy.deepcopy(stock)
+    optimizers = {model: torch.optim.SGD(model.parameters(), lr=1e-5) for model in (stock, fast)}
+    accelerate(fast)
+    for _ in range(3):
+        for model, optimizer in optimizers.items():
+            optimizer.zero_grad()
+            (-sum(term.mean() for term in tensors(port.encode(model, images()))[:2])).backward()
+            optimizer.step()
+    for (name, expected), got in zip(stock.state_dict().items(), fast.state_dict().values(), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@each_port
+def test_the_first_batch_initialises(port: Port) -> None:
+    torch.manual_seed(0)
+    stock = port.build("affine", "lu").train()
+    fast = copy.deepcopy(stock)
+    report = accelerate(fast)
+    assert report.replaced
+    assert {layer.kind.split(".")[1] for layer in report.left} == {"ActNorm2d" if port.accumulates else "ActNorm"}
+    assert all("not initialised" in layer.reason for layer in report.left)
+    for model in (stock, fast):
+        port.encode(model, images(16))
+    for (name, expected), got in zip(stock.state_dict().items(), fast.state_dict().values(), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4, msg=name)
+    assert not accelerate(fast).left
+    assert_same(stock, fast, images(), call=port.encode, rtol=1e-4, exact=False)
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kernels that run, in order."""
+    ran: list[str] = []
+    for name in ("conv1x1", "coupling", "flow_step"):
+        function = getattr(_fusion, name)
+        monkeypatch.setattr(_fusion, name, lambda *arguments, name=name, function=function, **options: (
+            ran.append(name), function(*arguments, **options))[1])
+    return ran
+
+
+@each_port
+def test_one_pass_between_two_networks(port: Port, passes: list[str]) -> None:
+    model, _ = accelerated(port.trained())
+    port.encode(model, images())
+    assert passes == ["conv1x1", "flow_step", "coupling"] * 2
+    passes.clear()
+    port.decode(model, *port.latents())
+    assert passes == ["flow_step", "flow_step"] * 2
+
+
+@each_port
+def test_hooks_added_later_are_called(port: Port) -> None:
+    model = port.trained()
+    expected = tensors(port.encode(model, images()))
+    accelerate(model)
+    seen: list[str] = []
+
+    def note(module: nn.Module, *_: object) -> None:
+        seen.append(type(module).__name__)
+
+    flow = next(module for module in model.modules() if type(module).__name__ in ("Flow", "FlowStep"))
+    flow.register_forward_hook(note)
+    flow.actnorm.register_forward_hook(note)
+    for got, value in zip(tensors(port.encode(model, images())), expected, strict=True):
+        torch.testing.assert_close(got, value, rtol=1e-4, atol=1e-3)
+    assert sorted(seen) == sorted([type(flow).__name__, type(flow.actnorm).__name__])
+
+
+@each_port
+def test_bf16_networks(port: Port) -> None:
+    model = port.trained()
+    expected = tensors(port.encode(model, images()))
+    accelerate(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = tensors(port.encode(model, images()))
+    for value, other in zip(got, expected, strict=True):
+        assert value.dtype == torch.float32
+        assert ((value - other).abs() < 0.1 * other.abs().max() + 0.1).all()
