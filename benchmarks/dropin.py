@@ -8,7 +8,7 @@ the state_dict of the first, and accelerated. DIR is a checkout of https://githu
 imported as it is. First, losses, every gradient and samples are compared in float64; if they differ, nothing is timed.
 Then both sides are timed in turn, many times:
 
-- training: forward and backward pass and Adam, with coupling networks of each of --widths.
+- training: forward and backward pass and a fused Adam, with coupling networks of each of --widths.
 - sampling: a batch of images, without gradients, the weights unchanged since the last batch.
 - flow: both once more with nothing but the flow part: every coupling network is replaced by a copy of a fixed tensor,
   for which a gradient is computed. Forward and backward pass without Adam, and sampling.
@@ -37,7 +37,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dropin_models import BUILDERS, Chain, Shape, Subject, build_glow, import_glow_pytorch, is_installed, version_of
+from dropin_models import (
+    BUILDERS,
+    Chain,
+    Shape,
+    Subject,
+    build_glow,
+    import_glow_pytorch,
+    is_installed,
+    take_networks_out,
+    version_of,
+)
 from torch import Tensor, nn
 
 from hflow_fast import accelerate
@@ -59,17 +69,25 @@ def build_pair(library: str, shape: Shape, options: argparse.Namespace) -> dict[
     torch.manual_seed(options.seed)
     sides = {side: BUILDERS[library](shape) for side in ("stock", "accelerated")}
     stock, fast = (subject.model.to(options.device).train() for subject in sides.values())
-    with torch.no_grad():
-        for parameter in stock.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.02 * torch.randn_like(parameter))
-        sides["stock"].loss(stock, images(shape, options.device))
+    move_away(sides["stock"], images(shape, options.device))
     fast.load_state_dict(stock.state_dict())
     report = accelerate(fast)
     if not report.replaced:
         raise SystemExit(f"dropin: nothing of {library} was replaced:\n{report}")
     print(f"{library}, {describe(shape)}:\n{report}", flush=True)
+    if shape.width is None:
+        x = images(shape, options.device)
+        take_networks_out([stock, fast], lambda model: sides["stock"].loss(model, x))
     return sides
+
+
+@torch.no_grad()
+def move_away(subject: Subject, x: Tensor) -> None:
+    """Weights away from zeros and identities, then actnorms initialised from data."""
+    for parameter in subject.model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    subject.loss(subject.model.train(), x)
 
 
 def describe(shape: Shape) -> str:
@@ -140,7 +158,8 @@ def float64_by_default() -> Iterator[None]:
 
 def works_of(subject: Subject, x: Tensor, optimizer: bool) -> dict[str, Callable[[], Any]]:
     model = subject.model
-    adam = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-6)  # the weights stay comparable
+    # The rate is low so that weights stay those compared. Fused: else the optimizer takes longer than a small network.
+    adam = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-6, fused=True)
 
     def training() -> None:
         model.train()
@@ -205,9 +224,7 @@ def measure_glow(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         shape = replace(options.shape, width=width)
         sides = {"stock": BUILDERS["normflows"](shape), "hflow_fast.models.Glow": build_glow(shape)}
         for subject in sides.values():
-            subject.model.to(options.device).train()
-            with torch.no_grad():
-                subject.loss(subject.model, images(shape, options.device))
+            move_away(subject._replace(model=subject.model.to(options.device)), images(shape, options.device))
         yield from time_sides("glow", shape, sides, ["training", "sampling"], options, {})
 
 

@@ -7,12 +7,13 @@ a given width, with ReLUs between them.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib
 import importlib.util
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -22,12 +23,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hflow_fast.nn import ActNorm, AffineCoupling, CouplingSpec, InvConv1x1, Reversible, Sequential, Squeeze
+from hflow_fast.models import Glow
+from hflow_fast.nn import ActNorm, AffineCoupling, CouplingSpec, InvConv1x1, Sequential, Squeeze
 
-__all__ = ["BUILDERS", "Chain", "Shape", "Subject", "build_glow", "import_glow_pytorch", "is_installed", "version_of"]
+__all__ = ["BUILDERS", "Chain", "Shape", "Subject", "build_glow", "import_glow_pytorch", "is_installed",
+           "take_networks_out", "version_of"]  # fmt: skip
 
 PACKAGES = {"normflows": "normflows", "freia": "FrEIA", "nflows": "nflows"}
 """Libraries that are installed, by the name that Python imports."""
+NETWORKS = ("param_map", "subnet", "transform_net", "net")
+"""What the libraries' couplings call their networks."""
 GLOW_PYTORCH = "glow_pytorch_model"
 
 
@@ -40,7 +45,7 @@ class Shape:
     resolution: int = 32
     batch: int = 16
     width: int | None = 512
-    """Of the coupling networks. None: the flow part alone, where a network costs nothing: see :class:`FixedRaw`."""
+    """Of the coupling networks. None: the flow part alone, to be left of a model by :func:`take_networks_out`."""
 
     def stages(self) -> Iterator[tuple[int, int]]:
         """Channels and resolution of the steps of each level, finest first."""
@@ -50,13 +55,12 @@ class Shape:
             yield channels, resolution
             channels //= 2
 
-    def net(self, inputs: int, outputs: int, resolution: int) -> nn.Module:
-        if self.width is None:
-            return FixedRaw(self.batch, outputs, resolution)
+    def net(self, inputs: int, outputs: int) -> nn.Module:
+        width = self.width or 1
         return nn.Sequential(
-            nn.Conv2d(inputs, self.width, 3, padding=1), nn.ReLU(),
-            nn.Conv2d(self.width, self.width, 1), nn.ReLU(),
-            nn.Conv2d(self.width, outputs, 3, padding=1),
+            nn.Conv2d(inputs, width, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(width, width, 1), nn.ReLU(),
+            nn.Conv2d(width, outputs, 3, padding=1),
         )  # fmt: skip
 
 
@@ -66,9 +70,9 @@ class FixedRaw(nn.Module):
     The tensor is learned, so that the coupling has to find its gradient. A copy, as one of the libraries writes into it.
     """
 
-    def __init__(self, batch: int, outputs: int, resolution: int) -> None:
+    def __init__(self, shape: torch.Size) -> None:
         super().__init__()
-        self.raw = nn.Parameter(0.1 * torch.randn(batch, outputs, resolution, resolution))
+        self.raw = nn.Parameter(0.1 * torch.randn(shape))
 
     def forward(self, passive: Tensor, context: Tensor | None = None) -> Tensor:
         return self.raw.clone()
@@ -89,10 +93,6 @@ def build_normflows(shape: Shape) -> Subject:
     levels, latents = [], []
     for level, (channels, resolution) in reversed(list(enumerate(shape.stages()))):  # from latents to images
         blocks = [normflows.flows.GlowBlock(channels, shape.width or 1) for _ in range(shape.depth)]
-        if shape.width is None:
-            for block in blocks:
-                coupling = block.flows[0].flows[1]
-                coupling.param_map = shape.net(0, coupling.param_map.net[-1].out_channels, resolution)
         levels.append([*blocks, normflows.flows.Squeeze()])
         last = level == shape.levels - 1
         latents.append(normflows.distributions.DiagGaussian((channels if last else channels // 2, resolution, resolution)))
@@ -106,12 +106,10 @@ def build_freia(shape: Shape) -> Subject:
     from FrEIA.modules import AllInOneBlock, IRevNetDownsampling, Split
 
     nodes, outputs = [InputNode(3, shape.resolution, shape.resolution)], []
-    for level, (_, resolution) in enumerate(shape.stages()):
+    for level in range(shape.levels):
         nodes.append(Node(nodes[-1], IRevNetDownsampling, {}))
-        settings = {"subnet_constructor": lambda inputs, outputs, side=resolution: shape.net(inputs, outputs, side),
-                    "permute_soft": True}  # fmt: skip
         for _ in range(shape.depth):
-            nodes.append(Node(nodes[-1], AllInOneBlock, settings))
+            nodes.append(Node(nodes[-1], AllInOneBlock, {"subnet_constructor": shape.net, "permute_soft": True}))
         if level < shape.levels - 1:
             nodes.append(Node(nodes[-1], Split, {}))
             outputs.append(OutputNode(nodes[-1].out1))
@@ -139,32 +137,30 @@ def build_nflows(shape: Shape) -> Subject:
     for channels, resolution in shape.stages():
         steps = [SqueezeTransform()]
         for _ in range(shape.depth):
-            coupling = AffineCouplingTransform(
-                create_mid_split_binary_mask(channels),
-                lambda inputs, outputs, side=resolution: ContextFree(shape.net(inputs, outputs, side)),
-            )
-            steps += [ActNorm(channels), OneByOneConvolution(channels), coupling]
+            steps += [ActNorm(channels), OneByOneConvolution(channels), AffineCouplingTransform(
+                create_mid_split_binary_mask(channels), lambda *sizes: ContextFree(shape.net(*sizes)))]
         transform.add_transform(CompositeTransform(steps), (channels, resolution, resolution))
     model = Flow(transform, StandardNormal([3 * shape.resolution**2]))
     return Subject(model, lambda model, x: -model.log_prob(x).mean(), lambda model, count: model.sample(count))
 
 
-class ContextFree(nn.Sequential):
+class ContextFree(nn.Module):
     """A network with the context that nflows hands to every one."""
 
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        return super().forward(x)
+        return self.net(x)
 
 
 def build_glow_pytorch(shape: Shape) -> Subject:
     code = sys.modules[GLOW_PYTORCH]
     model = code.Glow(3, shape.depth, shape.levels)
-    for block, (channels, resolution) in zip(model.blocks, shape.stages()):
+    for block, (channels, _) in zip(model.blocks, shape.stages()):
         for step in block.flows:
-            if shape.width is None:
-                step.coupling.net = shape.net(channels // 2, channels, resolution)
-            else:
-                step.coupling = code.AffineCoupling(channels, shape.width)  # which Flow does not let one choose
+            step.coupling = code.AffineCoupling(channels, shape.width or 1)  # which Flow does not let one choose
 
     def loss(model: nn.Module, x: Tensor) -> Tensor:
         log_p, log_det, _ = model(x)
@@ -184,11 +180,11 @@ BUILDERS: dict[str, Callable[[Shape], Subject]] = {
 
 
 def build_glow(shape: Shape) -> Subject:
-    """hflow_fast.models.Glow of this size."""
-    from hflow_fast.models import Glow
-
-    model = Glow.from_config({"MODEL": "glow"})
-    return Subject(model, lambda model, x: model.loss(x).mean(), lambda model, count: model.sample(count))
+    """hflow_fast.models.Glow of this size, with normflows' options where it has them: no edge bias, 1 × 1 by LU."""
+    model = Glow.from_config({"RESOLUTION": shape.resolution, "LEVELS": shape.levels, "STEPS": shape.depth,
+                              "WIDTH": shape.width, "COUPLING": "affine", "PERMUTATION": "1x1_lu",
+                              "EDGE_BIAS": False})  # fmt: skip
+    return Subject(model, lambda model, x: model.loss(x).mean(), lambda model, count: model.sample(count, std=1.0))
 
 
 class Chain(nn.Module):
@@ -204,11 +200,11 @@ class Chain(nn.Module):
         spec = CouplingSpec(scale_map="sigmoid", form="add_scale", active="channels")
         self.squeeze = Squeeze()
         self.levels = nn.ModuleList()
-        for channels, resolution in shape.stages():
+        for channels, _ in shape.stages():
             steps = [layer for _ in range(shape.depth) for layer in (
                 ActNorm(channels), InvConv1x1(channels),
                 AffineCoupling(shape.net(channels // 2, channels, resolution), spec))]  # fmt: skip
-            self.levels.append(Reversible(Sequential(*steps)) if reversible else Sequential(*steps))
+            self.levels.append(Sequential(*steps))
 
     def forward(self, x: Tensor) -> Tensor:
         total = torch.zeros(len(x), device=x.device)
@@ -224,6 +220,29 @@ class Chain(nn.Module):
 def noise(model: nn.Module, *shape: int) -> Tensor:
     like = next(model.parameters())
     return torch.randn(shape, dtype=like.dtype, device=like.device)
+
+
+def take_networks_out(models: Sequence[nn.Module], run: Callable[[nn.Module], object]) -> None:
+    """Replaces every coupling network of ``models``, which are alike, by equal :class:`FixedRaw`.
+
+    Args:
+        run: evaluates a model once, to see what its networks return.
+    """
+    places: list[tuple[str, str]] = []
+    for name, module in models[0].named_modules():
+        if not any(f"{name}.".startswith(f"{parent}.{child}.") for parent, child in places):
+            places += [(name, child) for child, _ in module.named_children() if child in NETWORKS]
+    networks = {place: getattr(models[0].get_submodule(place[0]), place[1]) for place in places}
+    shapes: dict[tuple[str, str], torch.Size] = {}
+    hooks = [network.register_forward_hook(lambda _net, _inputs, output, place=place: shapes.update({place: output.shape}))
+             for place, network in networks.items()]  # fmt: skip
+    run(models[0])
+    for hook in hooks:
+        hook.remove()
+    for place, shape in shapes.items():
+        fixed = FixedRaw(shape).to(next(networks[place].parameters()))
+        for model in models:
+            setattr(model.get_submodule(place[0]), place[1], copy.deepcopy(fixed))
 
 
 def log_normal(z: Tensor) -> Tensor:
