@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..nn._cache import ParameterCache
@@ -18,9 +19,11 @@ class _Flags:
         self._seen: dict[str, tuple[Tensor, int]] = {}
 
     def is_set(self, name: str, tensor: Tensor) -> bool:
-        if tensor.is_inference():  # which has no version
-            return bool(tensor)
         seen = self._seen.get(name)
+        if torch.compiler.is_compiling() and seen is not None:  # a version is nothing to compile
+            return True
+        if torch.compiler.is_compiling() or tensor.is_inference():  # which has no version
+            return bool(tensor)
         if seen is not None and seen[0] is tensor and seen[1] == tensor._version:
             return True
         found = bool(tensor)

@@ -73,8 +73,9 @@ def outcome(model: nn.Module, call: Call, inputs: tuple[Any, ...]) -> dict[str, 
     outputs = list(_tensors(call(model, *_mapped(inputs, lambda tensor: grown[id(tensor)]))))
     found = {f"output {index}": output.detach().clone() for index, output in enumerate(outputs)}
     generator = torch.Generator().manual_seed(1)
-    terms = [(output * torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output)).sum()
-             for output in outputs if output.requires_grad]
+    # Of all outputs: one model may know that an output is constant, and the other not.
+    weights = [torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output) for output in outputs]
+    terms = [(output * weight).sum() for output, weight in zip(outputs, weights) if output.requires_grad]
     if terms:
         torch.stack([term.double() for term in terms]).sum().backward()
     for name, parameter in model.named_parameters():

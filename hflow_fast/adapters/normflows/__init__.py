@@ -45,7 +45,8 @@ def _obstacle(module: nn.Module) -> str | None:
     if isinstance(module, nf.flows.AffineConstFlow):
         if module.s.dim() < 2 or module.s.numel() != module.s.shape[1]:
             return f"has parameters of shape {tuple(module.s.shape[1:])}, not one per channel"
-        if isinstance(module, nf.flows.ActNorm) and not bool(module.data_dep_init_done):
+        flag = getattr(module, "data_dep_init_done", None)
+        if flag is not None and not flag.is_meta and not flag:
             return "is not initialised from data yet; run one batch, then accelerate again"
     if isinstance(module, nf.flows.AffineCoupling) and module.scale and module.scale_map not in SCALE_MAPS:
         return f"has the unknown scale map {module.scale_map!r}"

@@ -134,9 +134,9 @@ def _maps(owner: nn.Module, name: str, segments: list[list[MapLayer]], x: Tensor
     if torch.is_grad_enabled() or not segments:
         return _folded(segments, x, sampling)
     layers = [layer for segment in segments for layer in segment]
-    # A layer without tensors is known by its kind, and all take after the flow variable.
-    constants = [layer.kind(x) for layer in layers if not layer.tensors()]
-    return cache_of(owner).get(f"{name} {x.dtype} {x.device} {constants}",
+    # Tensors do not tell where segments end, nor of layers without any, and all take after the flow variable.
+    build = [len(segment) for segment in segments], [layer.kind(x) for layer in layers if not layer.tensors()]
+    return cache_of(owner).get(f"{name} {x.dtype} {x.device} {build}",
                                [tensor for layer in layers for tensor in layer.tensors()],
                                lambda: _folded(segments, x, sampling))
 
@@ -148,7 +148,8 @@ def _folded(segments: list[list[MapLayer]], x: Tensor, sampling: bool) -> list[C
     maps: list[ChannelMap | None] = [None] * len(segments)
     for members in groups.values():
         columns = zip(*(segments[index] for index in members))
-        folded = reduce(fold, (layers[0].stacked(layers, x, sampling) for layers in columns))
+        with torch.autocast(x.device.type, enabled=False):
+            folded = reduce(fold, (layers[0].stacked(layers, x, sampling) for layers in columns))
         for index, channel_map in zip(members, unstack(folded, compute_dtype(x))):
             maps[index] = channel_map
     return maps
