@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Callable, Hashable, Iterable, NamedTuple, Protocol, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._checks import compute_dtype
@@ -19,7 +20,8 @@ from ..nn._inversion import invert
 from ._stacked import StackedMaps, fold, unstack
 from ._state import cache_of
 
-__all__ = ["Map", "MapLayer", "Part", "Shuffle", "constant", "evaluate", "inverse_of", "plu", "zeros"]
+__all__ = ["Map", "MapLayer", "Part", "Shuffle", "constant", "evaluate", "inverse_of", "plu", "squeezed", "unsqueezed",
+           "zeros"]
 
 _MIXED_CHANNELS = 32
 """Up to as many channels a map is as good as free behind a coupling (:func:`hflow_fast.ops.flow_step`); with more, one
@@ -212,6 +214,22 @@ def plu(permutation: Tensor, lower: Tensor, upper: Tensor, sign: Tensor, log_dia
     identity = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
     weight = permutation @ (lower.tril(-1) + identity) @ (upper.triu(1) + torch.diag_embed(sign * log_diagonal.exp()))
     return StackedMaps(weight, None, log_diagonal.sum(dim=1))
+
+
+def squeezed(x: Tensor, factor: int) -> Tensor:
+    """(B, C, H, W) → (B, C·f², H/f, W/f), channel c·f² + dy·f + dx."""
+    if x.numel():
+        return F.pixel_unshuffle(x, factor)
+    batch, channels, height, width = x.shape  # of which torch gives an empty tensor another shape
+    return x.reshape(batch, channels * factor**2, height // factor, width // factor)
+
+
+def unsqueezed(x: Tensor, factor: int) -> Tensor:
+    """The inverse of :func:`squeezed`."""
+    if x.numel():
+        return F.pixel_shuffle(x, factor)
+    batch, channels, height, width = x.shape
+    return x.reshape(batch, channels // factor**2, height * factor, width * factor)
 
 
 def zeros(x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Sequence, TypeVar
+from typing import Any, Callable, Hashable, Sequence, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,9 +22,9 @@ class ParameterCache:
     """
 
     def __init__(self) -> None:
-        self._entries: dict[str, tuple[tuple[Any, ...], list[Tensor], Any]] = {}
+        self._entries: dict[Hashable, tuple[tuple[Any, ...], list[Tensor], Any]] = {}
 
-    def get(self, name: str, parameters: Sequence[Tensor], compute: Callable[[], T]) -> T:
+    def get(self, name: Hashable, parameters: Sequence[Tensor], compute: Callable[[], T]) -> T:
         """``compute()``, or what it returned last time for these ``parameters``."""
         if (torch.is_grad_enabled() or torch.compiler.is_compiling()
                 or any(parameter.is_inference() for parameter in parameters)):

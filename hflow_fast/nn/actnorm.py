@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from ..ops import actnorm
 from ._data_init import DataInitialized, channel_statistics
+from ._folding import ChannelMap, stack
+from ._fusion import LazyMap, Opaque, Piece
 
 __all__ = ["ActNorm"]
 
@@ -46,6 +50,16 @@ class ActNorm(DataInitialized):
         """Latent (B, C, …) → data and log|det| (B,). ``context`` is ignored."""
         return actnorm(z, self.log_scale, self.bias)
 
+    def pieces(self, inverse: bool, context: Tensor | None = None) -> list[Piece]:
+        """What a direction evaluates, for chains that fuse it with its neighbours."""
+        if self.training and not inverse and not self.is_initialized:
+            return [Opaque(self.forward, self.inverse, self)]
+        channels, dtype, device = self.bias.numel(), self.bias.dtype, self.bias.device
+        return [LazyMap(self, _maps, ("actnorm", channels, dtype, device), channels, self._evaluate, True, inverse)]
+
+    def _evaluate(self, inverse: bool, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.inverse(x) if inverse else self.forward(x)
+
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
         """Sets the statistics so that ``x`` (B, C, …) maps to zero mean and unit (unbiased) standard deviation.
@@ -60,3 +74,12 @@ class ActNorm(DataInitialized):
 
     def extra_repr(self) -> str:
         return str(self.bias.numel())
+
+
+def _maps(layers: Sequence[ActNorm]) -> ChannelMap:
+    """Data to latent: a stack of diagonal maps."""
+    log_scale, bias = stack([layer.log_scale for layer in layers]), stack([layer.bias for layer in layers])
+    dtype = torch.promote_types(log_scale.dtype, torch.float32)
+    log_scale, bias = log_scale.to(dtype), bias.to(dtype)
+    scale = torch.exp(-log_scale)
+    return ChannelMap(scale, -bias * scale, -log_scale.sum(-1))

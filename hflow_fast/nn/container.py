@@ -2,39 +2,59 @@
 
 from __future__ import annotations
 
-from typing import Callable
+from collections import OrderedDict
 
-import torch
 from torch import Tensor, nn
 
-from ..ops import CouplingSpec, conv1x1, flow_step
+from ..ops import CouplingSpec
 from ._cache import ParameterCache
-from ._inversion import invert
+from ._fusion import Piece, pieces_of, run
 from .actnorm import ActNorm
 from .coupling import AffineCoupling
-from .invconv import InvConv1x1, per_sample
+from .invconv import InvConv1x1
 
 __all__ = ["FlowStep", "Sequential"]
 
 
 class Sequential(nn.Sequential):
-    """Flow layers one after another; log-dets add up. ``inverse`` runs them backwards. ``context`` goes to each."""
+    """Flow layers one after another; log-dets add up. ``inverse`` runs them backwards. ``context`` goes to each.
+
+    Neighbours run fused, in both directions: :class:`~.actnorm.ActNorm` and :class:`~.invconv.InvConv1x1` fold into one
+    matrix, which runs in one pass with the :class:`~.coupling.AffineCoupling` before it, also across nested containers
+    and :class:`FlowStep`. Results are those of the layers one by one, but for rounding; so are gradients. While
+    gradients are off, the folded matrices, and their inverses in float64, are kept until a parameter changes.
+
+    Any module with the interface of a flow layer may stand between. It is called as it is; and so are layers with hooks
+    on them, instances of subclasses with a ``forward`` or ``inverse`` of their own, and actnorms that are about to
+    initialise themselves from data.
+
+    Example:
+        >>> import torch
+        >>> def step() -> list[nn.Module]:
+        ...     return [ActNorm(4), InvConv1x1(4), AffineCoupling(nn.Conv2d(2, 4, 3, padding=1))]
+        >>> chain = Sequential(*step(), *step())
+        >>> x = torch.randn(2, 4, 8, 8)
+        >>> z, log_det = chain(x)
+        >>> torch.allclose(chain.inverse(z)[0], x, atol=1e-4)
+        True
+    """
+
+    def __init__(self, *layers: nn.Module | OrderedDict[str, nn.Module]) -> None:
+        super().__init__(*layers)
+        self._cache = ParameterCache()
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Data → latent and log|det| (B,)."""
-        log_det = x.new_zeros(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
-        for layer in self:
-            x, term = layer(x, context)
-            log_det = log_det + term
-        return x, log_det
+        return run(self.pieces(False, context), x, self._cache, type(self).__name__)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Latent → data and log|det| (B,)."""
-        log_det = z.new_zeros(z.shape[0], dtype=torch.promote_types(z.dtype, torch.float32))
-        for layer in reversed(self):
-            z, term = layer.inverse(z, context)
-            log_det = log_det + term
-        return z, log_det
+        return run(self.pieces(True, context), z, self._cache, type(self).__name__)
+
+    def pieces(self, inverse: bool, context: Tensor | None = None) -> list[Piece]:
+        """What a direction evaluates, for chains that this one is part of."""
+        layers = list(self)[::-1] if inverse else self
+        return [piece for layer in layers for piece in pieces_of(layer, inverse, context)]
 
 
 class FlowStep(nn.Module):
@@ -43,6 +63,7 @@ class FlowStep(nn.Module):
     A chain of these behind one :class:`~.actnorm.ActNorm` and :class:`~.invconv.InvConv1x1` is Glow (whose step is
     written actnorm → 1 × 1 → coupling), with every pass between two networks fused. The inverse undoes the actnorm and
     the convolution by one matrix, too: the inverse, in float64, of the very matrix that the forward direction applies.
+    In a :class:`Sequential` that matrix and the coupling of the step before it run in one pass as well.
 
     Args:
         channels: C.
@@ -60,31 +81,13 @@ class FlowStep(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Data (B, C, …) → latent and log|det| (B,)."""
-        if self.training and not self.actnorm.is_initialized:
-            with torch.no_grad():
-                self.actnorm.initialize(self.coupling(x, context)[0])
-        weight, bias, log_abs_det = self._cached("latent", self._to_latent)
-        z, log_det = flow_step(x, self.coupling.raw(x, context), weight, bias, self.coupling.spec,
-                               inverse=self.coupling.swap_directions)
-        return z, log_det + per_sample(log_abs_det, x)
+        return run(self.pieces(False, context), x, self._cache, type(self).__name__)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Latent (B, C, …) → data and log|det| (B,)."""
-        weight, bias, log_abs_det = self._cached("data", self._to_data)
-        x, log_det = self.coupling.inverse(conv1x1(z, weight, bias), context)
-        return x, log_det + per_sample(log_abs_det, z)
+        return run(self.pieces(True, context), z, self._cache, type(self).__name__)
 
-    def _cached(self, name: str, compute: Callable[[], tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
-        return self._cache.get(name, [*self.actnorm.parameters(), *self.invconv.parameters()], compute)
-
-    def _to_latent(self) -> tuple[Tensor, Tensor, Tensor]:
-        """W·((x − b)·e^(−s)) as one matrix and one bias, and its log|det|."""
-        matrix, log_abs_det = self.invconv.matrix_and_log_det()
-        weight = matrix * torch.exp(-self.actnorm.log_scale)
-        return weight, -(weight @ self.actnorm.bias.to(weight.dtype)), log_abs_det - self.actnorm.log_scale.sum()
-
-    def _to_data(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The inverse of that."""
-        weight, _, log_abs_det = self._cached("latent", self._to_latent)
-        inverse = invert(weight, "FlowStep").to(torch.promote_types(weight.dtype, torch.float32))
-        return inverse, self.actnorm.bias, -log_abs_det
+    def pieces(self, inverse: bool, context: Tensor | None = None) -> list[Piece]:
+        """What a direction evaluates, for chains that this one is part of."""
+        layers = (self.coupling, self.actnorm, self.invconv)
+        return [piece for layer in (reversed(layers) if inverse else layers) for piece in layer.pieces(inverse, context)]

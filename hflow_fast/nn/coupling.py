@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import CouplingSpec, active_mask, coupling
+from ._fusion import Coupling, Piece
 
 __all__ = ["AffineCoupling"]
 
@@ -44,6 +45,10 @@ class AffineCoupling(nn.Module):
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Latent (B, C, …) → data and log|det| (B,)."""
         return coupling(z, self.raw(z, context), self.spec, inverse=not self.swap_directions)
+
+    def pieces(self, inverse: bool, context: Tensor | None = None) -> list[Piece]:
+        """What a direction evaluates, for chains that fuse it with its neighbours."""
+        return [Coupling(lambda x: self.raw(x, context), self.spec, self.swap_directions != inverse, self)]
 
     def raw(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """The network's output for the passive part of ``x``, which both directions share.

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from typing import Callable, Literal
+from typing import Callable, Literal, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..ops import conv1x1, lu
 from ._cache import ParameterCache
+from ._folding import ChannelMap, stack
+from ._fusion import LazyMap, Piece, per_sample
 from ._inversion import invert
 from .skew_exponential import Squarings, skew_exponential
 
-__all__ = ["InvConv1x1", "per_sample"]
+__all__ = ["InvConv1x1"]
 
 _PARAMETRIZATIONS = ("plu", "full", "orthogonal")
 
@@ -64,29 +65,34 @@ class InvConv1x1(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Data (B, C, …) → latent and log|det| (B,). ``context`` is ignored."""
         matrix, log_abs_det = self.matrix_and_log_det()
-        return conv1x1(x, matrix), per_sample(log_abs_det, x)
+        return conv1x1(x, matrix), per_sample(log_abs_det, x.shape)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Latent (B, C, …) → data and log|det| (B,). ``context`` is ignored."""
         matrix, log_abs_det = self._cached("inverse", self._inverse_matrix)
-        return conv1x1(z, matrix), per_sample(-log_abs_det, z)
+        return conv1x1(z, matrix), per_sample(-log_abs_det, z.shape)
+
+    def pieces(self, inverse: bool, context: Tensor | None = None) -> list[Piece]:
+        """What a direction evaluates, for chains that fuse it with its neighbours."""
+        parameter = next(self.parameters())
+        kind = type(self), self.parametrization, self.channels, parameter.dtype, parameter.device
+        return [LazyMap(self, _maps, kind, self.channels, self._evaluate, inverse=inverse)]
+
+    def _evaluate(self, inverse: bool, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.inverse(x) if inverse else self.forward(x)
 
     def matrix_and_log_det(self) -> tuple[Tensor, Tensor]:
         """W (C, C) and log|det W| (0-dim)."""
         return self._cached("matrix", self._matrix)
 
     def _cached(self, name: str, compute: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        return self._cache.get(name, list(self.parameters()), compute)
+        return self._cache.get(name, [*self.parameters(), *self.buffers()], compute)
 
     def _matrix(self) -> tuple[Tensor, Tensor]:
-        if self.parametrization == "full":
-            return self.weight, lu(self.weight)[0].reshape(())
         if self.parametrization == "orthogonal":
             return skew_exponential(self.generator, self._squarings), self.generator.new_zeros(())
-        identity = torch.eye(self.channels, dtype=self.lower.dtype, device=self.lower.device)
-        lower = self.lower.tril(-1) + identity
-        upper = self.upper.triu(1) + torch.diag(self.sign * self.log_diagonal.exp())
-        return (lower @ upper)[self.permutation], self.log_diagonal.sum()
+        (matrix,), (log_abs_det,) = _matrices([self])
+        return matrix, log_abs_det
 
     def _inverse_matrix(self) -> tuple[Tensor, Tensor]:
         matrix, log_abs_det = self.matrix_and_log_det()
@@ -96,7 +102,28 @@ class InvConv1x1(nn.Module):
         return f"{self.channels}, {self.parametrization}"
 
 
-def per_sample(per_pixel: Tensor, x: Tensor) -> Tensor:
-    """A 0-dim log-det per pixel, times the number of pixels, for every sample of ``x`` (B, C, …): (B,)."""
-    dtype = torch.promote_types(per_pixel.dtype, torch.float32)
-    return (per_pixel.to(dtype) * math.prod(x.shape[2:])).expand(x.shape[0])
+def _maps(layers: Sequence[InvConv1x1]) -> ChannelMap:
+    """Data to latent: a stack of matrices."""
+    kind = type(layers[0])
+    if layers[0].parametrization == "orthogonal" or kind.matrix_and_log_det is not InvConv1x1.matrix_and_log_det:
+        matrices, log_dets = map(stack, zip(*(layer.matrix_and_log_det() for layer in layers)))
+    else:
+        matrices, log_dets = _matrices(layers)
+    return ChannelMap(matrices, None, log_dets)
+
+
+def _matrices(layers: Sequence[InvConv1x1]) -> tuple[Tensor, Tensor]:
+    """W (N, C, C) and log|det W| (N,) of layers that are no exponentials, all in one go."""
+    if layers[0].parametrization == "full":
+        weights = stack([layer.weight for layer in layers])
+        return weights, lu(weights)[0]
+    lower, upper, log_diagonal, sign, permutation = (
+        stack([getattr(layer, name) for layer in layers])
+        for name in ("lower", "upper", "log_diagonal", "sign", "permutation"))
+    count, channels = log_diagonal.shape
+    lower = lower.tril(-1) + torch.eye(channels, dtype=lower.dtype, device=lower.device)
+    upper = upper.triu(1) + torch.diag_embed(sign * log_diagonal.exp())
+    with torch.autocast(lower.device.type, enabled=False):
+        product = lower @ upper
+    rows = permutation + torch.arange(0, count * channels, channels, device=permutation.device)[:, None]
+    return product.flatten(0, 1).index_select(0, rows.flatten()).view_as(product), log_diagonal.sum(-1)

@@ -11,9 +11,9 @@ from hflow_fast.ops._registration import empty_like_in, format_of, register
 from hflow_fast.ops.conv1x1 import conv1x1
 from hflow_fast.ops.coupling import CouplingSpec, coupling, spec_of
 
-__all__ = ["flow_step"]
+__all__ = ["MAX_FUSED_CHANNELS", "flow_step"]
 
-_MAX_FUSED_CHANNELS = 32  # kMaxMixChannels of csrc/common/check.h; beyond, a matrix product is the better kernel
+MAX_FUSED_CHANNELS = 32  # kMaxMixChannels of csrc/common/check.h; beyond, a matrix product is the better kernel
 
 
 def flow_step(
@@ -56,7 +56,7 @@ def flow_step(
     """
     if not has_kernel("flow_step", x.device):
         return reference.flow_step(x, raw, weight, bias, spec, inverse=inverse)
-    if x.dim() > 1 and x.shape[1] > _MAX_FUSED_CHANNELS:
+    if x.dim() > 1 and x.shape[1] > MAX_FUSED_CHANNELS:
         u, log_det = coupling(x, raw, spec, inverse=inverse)
         return conv1x1(u, weight, bias), log_det
     return _kernel(x, raw, weight, bias, *spec.arguments, inverse)

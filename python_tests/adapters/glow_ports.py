@@ -1,6 +1,6 @@
-"""The ports of Glow that the tests run: stand-ins, and the real ones in checkouts that GLOW_PYTORCH names.
+"""The ports of Glow that the tests run: stand-ins, and the real one in a checkout that GLOW_PYTORCH names.
 
-``GLOW_PYTORCH=/path/to/rosinality:/path/to/y0ast pytest python_tests/adapters`` (paths apart as in PATH).
+``GLOW_PYTORCH=/path/to/glow-pytorch pytest python_tests/adapters``: one at a time, as all call their modules the same.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+
+from hflow_fast.adapters import AccelerationReport, accelerate
 
 from . import chaiyujin_stand_in, rosinality_stand_in
 from .conftest import perturbed
@@ -34,6 +37,10 @@ class Port:
     """Whether log-dets are handed on, as in chaiyujin's and y0ast's."""
     build: Callable[[str, str], nn.Module]
     """(coupling, permutation) → model."""
+    scale: float = 0.05
+    """How far training moved the weights."""
+    copies: bool = True
+    """Whether a copy of a stock model is right: y0ast's layers hold functions that go on to use the original's."""
 
     def __str__(self) -> str:
         return self.name
@@ -43,13 +50,20 @@ class Port:
             if self.accumulates or permutation in ("lu", "plain"):
                 yield coupling, permutation
 
-    def trained(self, coupling: str = "affine", permutation: str = "lu", scale: float = 0.05) -> nn.Module:
-        """A model as after some training."""
+    def trained(self, coupling: str = "affine", permutation: str = "lu") -> nn.Module:
+        """A model as after some training; the same one every time."""
         torch.manual_seed(0)
+        np.random.seed(0)
         model = self.build(coupling, permutation).train()
         with torch.no_grad():
             self.encode(model, torch.randn(16, *IMAGES[1:]))
-        return perturbed(model, scale).eval()
+        return perturbed(model, self.scale).eval()
+
+    def pair(self, coupling: str = "affine", permutation: str = "lu",
+             dtype: torch.dtype = torch.float32) -> tuple[nn.Module, nn.Module, AccelerationReport]:
+        """A stock model, the same one accelerated, and the report of it."""
+        stock, fast = (self.trained(coupling, permutation).to(dtype) for _ in range(2))
+        return stock, fast, accelerate(fast)
 
     def encode(self, model: nn.Module, x: Tensor) -> Any:
         """Everything that a model says of images."""
@@ -95,13 +109,13 @@ def _real(checkout: Path) -> Port:
         return Port("chaiyujin", True, _chaiyujin(importlib.import_module("glow.models")))
     module = importlib.import_module("model")
     if (checkout / "modules.py").exists():
-        return Port("y0ast", True, _y0ast(module))
-    return Port("rosinality", False, _rosinality(module))
+        return Port("y0ast", True, _y0ast(module), copies=False)
+    return Port("rosinality", False, _rosinality(module), scale=0.003)
 
 
 PORTS = [Port("rosinality-stand-in", False, _rosinality(rosinality_stand_in)),
          Port("chaiyujin-stand-in", True, _chaiyujin(chaiyujin_stand_in)),
-         *(_real(Path(checkout)) for checkout in os.environ.get("GLOW_PYTORCH", "").split(os.pathsep) if checkout)]
+         *([_real(Path(os.environ["GLOW_PYTORCH"]))] if "GLOW_PYTORCH" in os.environ else [])]
 each_port = pytest.mark.parametrize("port", PORTS, ids=str)
 each_variant = pytest.mark.parametrize(
     ("port", "coupling", "permutation"),

@@ -217,7 +217,9 @@ def test_batches_of_none_and_bf16_networks() -> None:
     model, (x,) = built("glow")
     stock = copy.deepcopy(model)
     accelerate(model)
-    assert model.log_prob(x[:0]).shape == (0,)
+    z, log_det = model._transform._transforms[0](x[:0])
+    assert z.shape == (0, 4, 4, 4) and log_det.shape == (0,)
+    assert model._transform._transforms[0].inverse(z)[0].shape == (0, 1, 8, 8)
     with torch.autocast("cpu", torch.bfloat16):
         got = model.log_prob(x)
     assert got.dtype == stock.log_prob(x).dtype

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import inspect
 import itertools
+from types import FunctionType
 from typing import Any, Iterable, Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...nn._fusion import Coupling
 from ...ops import CouplingSpec
-from .._chain import Part, evaluate
+from .._chain import Part, evaluate, squeezed, unsqueezed
 from ..accelerate import stock_class
 from .chaiyujin_layers import ORIGIN, ActNorm2d, InvertibleConv1x1, Layer, LogDet, Permute2d, parts_of
 from .port import Port, evaluate_as_stock, first_convolution_inputs, is_watched, normal_log_prob
@@ -44,6 +44,14 @@ class FlowStep(Layer):
     @classmethod
     def channels(cls, module: nn.Module) -> int:
         return ActNorm2d.channels(module.actnorm)
+
+    @classmethod
+    def readiness(cls, module: nn.Module) -> str | None:
+        # y0ast's layers hold a function that refers to them; a deepcopy holds the same one.
+        held = module.flow_permutation
+        if isinstance(held, FunctionType) and not any(cell.cell_contents is module for cell in held.__closure__ or ()):
+            return "its flow_permutation is that of another layer, as in a deepcopy; build it anew and load its state"
+        return None
 
     def normal_flow(self, input: Tensor, logdet: LogDet) -> tuple[Tensor, LogDet]:
         return self._evaluate(input, logdet, False)
@@ -83,12 +91,11 @@ class SqueezeLayer(Port):
 
     @classmethod
     def run_trial(cls, module: nn.Module, x: Tensor) -> list[Any]:
-        x = x.repeat(1, 1, module.factor, module.factor) * torch.arange(1.0, x.shape[-1] * module.factor + 1).to(x)
+        x = x.repeat(1, 1, module.factor, module.factor) * x.new_tensor(range(1, x.shape[-1] * module.factor + 1))
         return [module(x)[0], module(x, reverse=True)[0], module(x, x[:, 0, 0, 0])[1]]
 
     def forward(self, input: Tensor, logdet: LogDet = None, reverse: bool = False) -> tuple[Tensor, LogDet]:
-        change = F.pixel_shuffle if reverse else F.pixel_unshuffle
-        return change(input, self.factor), logdet
+        return (unsqueezed if reverse else squeezed)(input, self.factor), logdet
 
 
 class Split2d(Port):

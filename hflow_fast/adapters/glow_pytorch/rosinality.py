@@ -6,12 +6,11 @@ import math
 from typing import Any, Hashable, Iterable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...nn._fusion import Coupling, Evaluated, Opaque
 from ...ops import CouplingSpec, coupling, lu
-from .._chain import Map, Part, evaluate, inverse_of, plu, zeros
+from .._chain import Map, Part, evaluate, inverse_of, plu, squeezed, unsqueezed, zeros
 from .._stacked import StackedMaps
 from .._state import is_set
 from .port import Port, evaluate_as_stock, first_convolution_inputs, is_watched, normal_log_prob
@@ -256,7 +255,7 @@ class Block(Port):
         return [out, log_det, log_p, z, module.reverse(previous, z), module.reverse(previous, z, reconstruct=True)]
 
     def forward(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        out, log_det = evaluate_as_stock(self, "latent", _parts_of(self.flows, False), F.pixel_unshuffle(input, 2))
+        out, log_det = evaluate_as_stock(self, "latent", _parts_of(self.flows, False), squeezed(input, 2))
         if self.split:
             out, z = out.chunk(2, 1)
             return out, log_det, normal_log_prob(z, self.prior(out), _PRIOR), z
@@ -268,7 +267,7 @@ class Block(Port):
         else:
             z = coupling(eps, self.prior(output) if self.split else self._prior_of_zeros(output), _PRIOR)[0]
         z = torch.cat([output, z], 1) if self.split else z
-        return F.pixel_shuffle(evaluate(self, "data", _parts_of(self.flows, True), z)[0], 2)
+        return unsqueezed(evaluate(self, "data", _parts_of(self.flows, True), z)[0], 2)
 
     def _prior_of_zeros(self, like: Tensor) -> Tensor:
         """The same for every sample, so computed for one."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...nn._fusion import Coupling, Evaluated, Opaque
 from ...ops import CouplingSpec, actnorm
-from .._chain import Map, Part, Shuffle, constant, evaluate, inverse_of, zeros
+from .._chain import Map, Part, Shuffle, constant, evaluate, inverse_of, squeezed, unsqueezed, zeros
 from .._stacked import StackedMaps
 from .._state import is_set
 
@@ -247,10 +247,10 @@ class SqueezeTransform(Fused, transforms.SqueezeTransform):
     def _squeezed(self, x: Tensor) -> Evaluated:
         if x.shape[2] % self.factor or x.shape[3] % self.factor:
             return transforms.SqueezeTransform.forward(self, x)  # which says what is wrong
-        return F.pixel_unshuffle(x, self.factor), zeros(x)
+        return squeezed(x, self.factor), zeros(x)
 
     def _unsqueezed(self, x: Tensor) -> Evaluated:
-        return F.pixel_shuffle(x, self.factor), zeros(x)
+        return unsqueezed(x, self.factor), zeros(x)
 
 
 def _keeps(dtype: torch.dtype, parameter: Tensor) -> bool:
