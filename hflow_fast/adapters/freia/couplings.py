@@ -14,9 +14,10 @@ from FrEIA import modules as stock
 from FrEIA.modules.coupling_layers import _BaseCouplingBlock
 from torch import Tensor, nn
 
-from ..nn._fusion import ChannelMap, Coupling, Opaque, Piece
-from ..ops import CouplingSpec, coupling
-from .freia_base import FUSED_CHANNELS, Evaluated, FusedLayer, codes_within, evaluate, with_conditions
+from ...nn._fusion import ChannelMap, Coupling, Opaque, Piece
+from ...ops import CouplingSpec, coupling
+from ...ops.flow_step import MAX_FUSED_CHANNELS
+from .base import Evaluated, FusedLayer, codes_within, evaluate, with_conditions
 
 __all__ = [
     "AffineCouplingOneSided", "ConditionalAffineTransform", "GINCouplingBlock", "GLOWCouplingBlock",
@@ -53,7 +54,7 @@ def amplify(layer: FusedLayer, raw: Tensor, scale: float, shift: float) -> Tenso
 
 
 class _Clamped(FusedLayer):
-    """A block whose raw scales go through one of FrEIA's clamps: clamp·0.636·atan s, clamp·tanh s or clamp·tanh(s/2)."""
+    """A block with one of FrEIA's clamps: log-scales of clamp·0.636·atan s, clamp·tanh s or clamp·tanh(s/2)."""
 
     @staticmethod
     def unfit(layer: nn.Module) -> str:
@@ -70,7 +71,7 @@ class _Clamped(FusedLayer):
 
 
 def _scale_map(block: _BaseCouplingBlock) -> tuple[str, float] | None:
-    """The scale map for the clamp of ``block``, and the factor on s that it takes. None: the clamp is the user's own."""
+    """The scale map for the clamp of ``block``, and the factor on s that it takes. None: a clamp of the user's."""
     function = block.f_clamp
     if function is torch.tanh:
         return "tanh", block.clamp
@@ -147,7 +148,7 @@ class _TwoSided(FusedLayer):
 
     def pieces(self, inverse: bool, context: Sequence[Tensor], like: Tensor) -> list[Piece]:
         first, last = self.split_len1, self.split_len2
-        if self.channels > FUSED_CHANNELS or active_last(first, self.channels) is None:
+        if self.channels > MAX_FUSED_CHANNELS or active_last(first, self.channels) is None:
             return [Opaque(partial(self._parts, inverse=inverse, context=context))]
         steps = [
             self._first_to_last(first, like),

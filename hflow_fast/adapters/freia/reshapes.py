@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from FrEIA import modules as stock
 from torch import Tensor, nn
 
-from ..nn._fusion import Opaque, Piece
-from ..ops import haar
-from .freia_base import Evaluated, FusedLayer
+from ...nn._fusion import Opaque, Piece
+from ...ops import haar
+from .base import Evaluated, FusedLayer
 
 __all__ = ["HaarDownsampling", "HaarUpsampling", "IRevNetDownsampling", "IRevNetUpsampling"]
 

@@ -1,4 +1,4 @@
-"""FrEIA's layers that are one matrix or one scale per channel: fused by themselves, and folded into their neighbours."""
+"""FrEIA's layers that are one matrix or one scale per channel, to be folded into their neighbours."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from FrEIA import modules as stock
 from torch import Tensor, nn
 
-from ..nn._fusion import ChannelMap, Opaque, Piece
-from ..ops import actnorm, conv1x1
-from .freia_base import FUSED_CHANNELS, Evaluated, FusedLayer, of_fixed, permute
+from ...nn._fusion import ChannelMap, Opaque, Piece
+from ...ops import actnorm, conv1x1
+from ...ops.flow_step import MAX_FUSED_CHANNELS
+from .base import Evaluated, FusedLayer, of_fixed, permute
 
 __all__ = ["ActNorm", "Fixed1x1Conv", "FixedLinearTransform", "PermuteRandom"]
 
@@ -32,7 +33,7 @@ class ActNorm(FusedLayer, stock.ActNorm):
 
     def pieces(self, inverse: bool, context: Sequence[Tensor], like: Tensor) -> list[Piece]:
         alone = partial(self._normalize, inverse=inverse)
-        if self.init_on_next_batch or self.scale.numel() > FUSED_CHANNELS:
+        if self.init_on_next_batch or self.scale.numel() > MAX_FUSED_CHANNELS:
             return [Opaque(alone)]
         log_scale = -self.scale.flatten() if inverse else self.scale.flatten()
         scale, bias = torch.exp(log_scale), self.bias.flatten()
@@ -81,7 +82,7 @@ class PermuteRandom(FusedLayer, stock.PermuteRandom):
         return [permute(x[0], *self._orders(rev))], 0.0
 
     def pieces(self, inverse: bool, context: Sequence[Tensor], like: Tensor) -> list[Piece]:
-        if self.in_channels > FUSED_CHANNELS:
+        if self.in_channels > MAX_FUSED_CHANNELS:
             return [Opaque(partial(self._permute, inverse=inverse))]
         order, dtype = self._orders(inverse)[0], torch.promote_types(like.dtype, torch.float32)
         weight = of_fixed(self, f"{dtype} {inverse}", [order], lambda: F.one_hot(order, self.in_channels).to(dtype))

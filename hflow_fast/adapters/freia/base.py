@@ -8,14 +8,10 @@ from typing import Any, Callable, Hashable, Sequence, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..nn._fusion import Piece, run
-from ..ops.flow_step import _MAX_FUSED_CHANNELS as FUSED_CHANNELS
-from ._state import cache_of
+from ...nn._fusion import Piece, run
+from .._state import cache_of
 
-__all__ = [
-    "FUSED_CHANNELS", "Evaluated", "FusedLayer", "calls_alone", "codes_within", "evaluate", "of_fixed", "permute",
-    "with_conditions",
-]  # fmt: skip
+__all__ = ["Evaluated", "FusedLayer", "codes_within", "evaluate", "of_fixed", "permute", "with_conditions"]
 
 T = TypeVar("T")
 
@@ -91,11 +87,6 @@ def evaluate(layer: FusedLayer, x: Tensor, inverse: bool, context: Sequence[Tens
 def with_conditions(layer: nn.Module, passive: Tensor, context: Sequence[Tensor]) -> Tensor:
     """What a network of ``layer`` is given: (B, channels + those of the conditions, …)."""
     return torch.cat([passive, *context], dim=1) if layer.conditional else passive
-
-
-def calls_alone(layer: nn.Module) -> bool:
-    """Whether ``layer`` has to be called by itself, since someone listens to its calls."""
-    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
 
 
 def codes_within(function: Callable[..., Any]) -> frozenset[int]:

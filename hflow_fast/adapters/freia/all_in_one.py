@@ -1,4 +1,4 @@
-"""FrEIA's AllInOneBlock: its coupling, and its global affine and permutation folded into one matrix, are one flow step."""
+"""FrEIA's AllInOneBlock: a coupling, then its global affine and permutation as one matrix, make one flow step."""
 
 from __future__ import annotations
 
@@ -10,20 +10,12 @@ import torch.nn.functional as F
 from FrEIA import modules as stock
 from torch import Tensor, nn
 
-from ..nn._fusion import ChannelMap, Coupling, Opaque, Piece
-from ..ops import CouplingSpec, actnorm, conv1x1
-from ._state import cache_of
-from .freia_base import (
-    FUSED_CHANNELS,
-    Evaluated,
-    FusedLayer,
-    codes_within,
-    evaluate,
-    of_fixed,
-    permute,
-    with_conditions,
-)
-from .freia_couplings import amplify, spec_of
+from ...nn._fusion import ChannelMap, Coupling, Opaque, Piece
+from ...ops import CouplingSpec, actnorm, conv1x1
+from ...ops.flow_step import MAX_FUSED_CHANNELS
+from .._state import cache_of
+from .base import Evaluated, FusedLayer, codes_within, evaluate, of_fixed, permute, with_conditions
+from .couplings import amplify, spec_of
 
 __all__ = ["AllInOneBlock", "surroundings"]
 
@@ -114,13 +106,8 @@ def surroundings(blocks: Sequence[AllInOneBlock], inverse: bool) -> list[Surroun
         if block.householder and block.w_perm is not None:
             block.w_perm = block.w_perm_inv = None  # left by the stock block with its graph, which nothing can copy
     parameters = [parameter for block in blocks for parameter in block.fixed_parameters()]
-    compute = _folded if blocks[0].in_channels <= FUSED_CHANNELS or blocks[0].householder else _in_two_passes
-
-    def around() -> list[Surroundings]:
-        with torch.autocast(parameters[0].device.type, enabled=False):
-            return compute(blocks, inverse)
-
-    return cache_of(blocks[0]).get(f"{len(blocks)} {inverse}", parameters, around)
+    compute = _folded if blocks[0].in_channels <= MAX_FUSED_CHANNELS or blocks[0].householder else _in_two_passes
+    return cache_of(blocks[0]).get(f"{len(blocks)} {inverse}", parameters, lambda: compute(blocks, inverse))
 
 
 def _folded(blocks: Sequence[AllInOneBlock], inverse: bool) -> list[Surroundings]:
@@ -130,11 +117,11 @@ def _folded(blocks: Sequence[AllInOneBlock], inverse: bool) -> list[Surroundings
     if inverse:
         weight, bias = (matrix, -offset) if scale is None else (matrix / scale[..., None], -offset / scale)
     else:
-        weight, bias = matrix if scale is None else matrix * scale[:, None], (matrix @ offset[..., None]).squeeze(-1)
-    log_det = zero if scale is None else scale.log().sum()
-    # That of all is handed to the first: nothing between these blocks changes the number of pixels.
-    log_dets = [-log_det if inverse else log_det, *[zero] * (len(blocks) - 1)]
-    own = [[ChannelMap(*each)] for each in zip(weight.unbind(), bias.unbind(), log_dets)]
+        # A sum: products of matrices are rounded more under autocast, and with TF32.
+        weight, bias = matrix if scale is None else matrix * scale[:, None], (matrix * offset[:, None]).sum(dim=-1)
+    log_det = torch.zeros_like(offset[:, 0]) if scale is None else scale.log().sum(dim=-1)
+    parts = zip(weight.unbind(), bias.unbind(), (-log_det if inverse else log_det).unbind())
+    own = [[ChannelMap(*part)] for part in parts]
     undone: list[list[Piece]] = [[] for _ in blocks]
     if blocks[0].reverse_pre_permute:
         undone = [[ChannelMap(each, None, zero)] for each in _matrices(blocks, not inverse).unbind()]
@@ -184,8 +171,9 @@ def _matrices(blocks: Sequence[AllInOneBlock], inverse: bool) -> Tensor:
     """(N, C, C)."""
     if not blocks[0].householder:
         return torch.stack([(block.w_perm_inv if inverse else block.w_perm).flatten(1) for block in blocks])
-    matrices = _reflected(torch.stack([block.w_0 for block in blocks]),
-                          torch.stack([block.vk_householder for block in blocks]))
+    start = torch.stack([block.w_0 for block in blocks])
+    vectors = torch.stack([block.vk_householder for block in blocks])
+    matrices = _reflected(start.double(), vectors.double()).to(start.dtype)
     return matrices.mT if inverse else matrices
 
 
