@@ -11,6 +11,7 @@ from .coupling import AffineCoupling
 from .invconv import InvConv1x1
 from .recompute import set_recompute
 from .reshape import Haar, Squeeze
+from .reversible import Reversible
 
 __all__ = [
     "ActNorm",
@@ -19,6 +20,7 @@ __all__ = [
     "FlowStep",
     "Haar",
     "InvConv1x1",
+    "Reversible",
     "Sequential",
     "Squeeze",
     "initialize_locally",

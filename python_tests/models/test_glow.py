@@ -19,7 +19,7 @@ LABELS = torch.tensor([0, 1, 2, 1])
 @torch.no_grad()
 def test_8_bit_images_survive():
     model = trained_like(RESOLUTION=16, LEVELS=3, STEPS=4).eval()
-    pixels = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    pixels = to_uint8(images(4, 16))
     x = (pixels.float() + 0.5) / 256 - 0.5
     assert torch.equal(to_uint8(model.decode(model.encode(x)[0])[0]), pixels)
 
@@ -172,7 +172,7 @@ def test_bf16_networks_decode_what_they_encode():
     torch.testing.assert_close(log_det_back, -log_det, rtol=0, atol=1e-6)
     loss = model.loss(images(4, 16))
     assert loss.dtype == torch.float32
-    assert not torch.equal(loss, expected)
+    assert (loss - expected).abs().max() > 1e-4  # what was kept in float32 is not used any more
     torch.testing.assert_close(loss, expected, rtol=0.02, atol=0.02)
 
 

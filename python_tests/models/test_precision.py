@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hflow_fast.models import HFlow
-from hflow_fast.models.hflow import precision
+from hflow_fast.models import precision
 
 from .test_prepared import train
 

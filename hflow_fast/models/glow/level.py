@@ -47,7 +47,7 @@ class Level(nn.Module):
         x = self._entering(F.pixel_unshuffle(x, 2))
         if self.training and not self.steps.is_initialized:
             self.steps.initialize(x)
-        pieces = self.steps.to_latent()
+        pieces = self.steps.to_latent(x.dtype)
         if self.prior is None:
             z, log_det = run(pieces, x)
             return z, None, log_det

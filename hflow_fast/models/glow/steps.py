@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Iterator
 
 import torch
 from torch import Tensor
@@ -41,17 +42,14 @@ class FlowSteps(Recomputable, DataInitialized):
         self.networks = CouplingNetworks(config.steps, (passive, self.spec.raw_channels(passive)), config.width,
                                          resolution, config.edge_bias)
 
-    def to_latent(self) -> list[Piece]:
-        """The steps from image to latent, for :func:`hflow_fast.nn._fusion.run`."""
-        weights, biases, log_dets = self.affines.folded()
-        maps = map(ChannelMap, weights.unbind(), biases.unbind(), log_dets.unbind())
-        return [piece for pair in zip(maps, self._couplings(inverse=False)) for piece in pair]
+    def to_latent(self, dtype: torch.dtype) -> list[Piece]:
+        """The steps from image to latent, for a flow variable of ``dtype`` in :func:`hflow_fast.nn._fusion.run`."""
+        pairs = zip(_maps(*self.affines.folded(), dtype), self._couplings(inverse=False))
+        return [piece for pair in pairs for piece in pair]
 
     def to_data(self, dtype: torch.dtype) -> list[Piece]:
         """The way back, for a latent of ``dtype``."""
-        weights, biases, log_dets = self.affines.to_data(dtype)
-        maps = map(ChannelMap, weights.unbind(), biases.unbind(), log_dets.unbind())
-        pairs = list(zip(self._couplings(inverse=True), maps))
+        pairs = list(zip(self._couplings(inverse=True), _maps(*self.affines.to_data(dtype), dtype)))
         return [piece for pair in reversed(pairs) for piece in pair]
 
     def _couplings(self, inverse: bool) -> list[Coupling]:
@@ -71,6 +69,12 @@ class FlowSteps(Recomputable, DataInitialized):
             raw = self.networks.initialize_one(index, _passive_half(x))
             x, _ = coupling(x, raw, self.spec)
         self.finish_initialization()
+
+
+def _maps(weights: Tensor, biases: Tensor, log_dets: Tensor, dtype: torch.dtype) -> Iterator[ChannelMap]:
+    # Log-dets are added up in the dtype of the flow, so that those of both directions cancel in it.
+    log_dets = log_dets.to(torch.promote_types(log_dets.dtype, dtype))
+    return map(ChannelMap, weights.unbind(), biases.unbind(), log_dets.unbind())
 
 
 def _of_passive_half(x: Tensor, *weights: Tensor | None) -> Tensor:
