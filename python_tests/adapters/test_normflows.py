@@ -157,6 +157,31 @@ def test_changed_networks_stay() -> None:
         assert not accelerate(net).replaced
 
 
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+@pytest.mark.parametrize("actnorm", [False, True])
+def test_network_of_many_pixels(monkeypatch, capability: str, actnorm: bool) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    formats = []
+    monkeypatch.setattr(nn.functional, "leaky_relu", lambda x, *options, function=nn.functional.leaky_relu, **more: (
+        formats.append(x.is_contiguous()), function(x, *options, **more))[1])
+    stock = nf.nets.ConvNet2d([3, 6, 6, 4], (3, 1, 3), leaky=0.1, actnorm=actnorm)
+    stock(torch.randn(2, 3, 16, 16) + 1)
+    fast, _ = accelerated(perturbed(stock))
+    x = torch.randn(3, 5, 16, 16)[:, :3]
+    formats.clear()
+    y = fast(x)
+    assert formats == [capability == "AVX2"] * 2 and y.is_contiguous()
+    assert_same(stock, fast, x)
+    last = x.contiguous(memory_format=torch.channels_last)
+    assert fast(last).is_contiguous(memory_format=torch.channels_last)
+    assert_same(stock, fast, last)
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(fast(x), stock(x))
+        perturbed(stock, seed=4), perturbed(fast, seed=4)
+        torch.testing.assert_close(fast(x), stock(x))
+
+
 def test_a_negative_slope() -> None:
     stock = perturbed(nf.nets.ConvNet2d([3, 6, 4], (3, 3), leaky=-0.5))
     fast, _ = accelerated(stock)
