@@ -159,11 +159,12 @@ def _maps(owner: nn.Module, name: str, segments: list[Segment], x: Tensor) -> li
     """Each segment as one map."""
     if torch.is_grad_enabled() or not segments:
         return _folded(segments, x)
-    links = [link for segment in segments for link in segment]
-    orders = tuple(link.order for link in links if isinstance(link, Shuffle))
-    return cache_of(owner).get(f"{name} {x.dtype} {x.device} {hash(orders)}",
-                               [tensor for link in links if isinstance(link, Map) for tensor in link.layer.tensors()],
-                               lambda: _folded(segments, x))
+    tensors = [tensor for segment in segments for link in segment if isinstance(link, Map)
+               for tensor in link.layer.tensors()]
+    # Tensors do not tell which way a layer goes, nor where segments end.
+    build = tuple(tuple(link.order if isinstance(link, Shuffle) else link.inverse for link in segment)
+                  for segment in segments)
+    return cache_of(owner).get((name, build, x.dtype, x.device), tensors, lambda: _folded(segments, x))
 
 
 def _folded(segments: list[Segment], x: Tensor) -> list[ChannelMap]:
@@ -210,7 +211,7 @@ def inverse_of(maps: StackedMaps, layer: str) -> StackedMaps:
 
 
 def plu(permutation: Tensor, lower: Tensor, upper: Tensor, sign: Tensor, log_diagonal: Tensor) -> StackedMaps:
-    """P L (U + diag(±e^s)) of Glow (Eq. 10), for matrices (N, C, C), of which L and U count inside, and vectors (N, C)."""
+    """P L (U + diag(±e^s)) of Glow (Eq. 10): matrices (N, C, C), of L and U what is off the diagonal; vectors (N, C)."""
     identity = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
     weight = permutation @ (lower.tril(-1) + identity) @ (upper.triu(1) + torch.diag_embed(sign * log_diagonal.exp()))
     return StackedMaps(weight, None, log_diagonal.sum(dim=1))

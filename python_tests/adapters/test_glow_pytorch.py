@@ -260,7 +260,7 @@ def without_initialised() -> nn.Module:
 
 @pytest.mark.parametrize(("build", "reason"), [
     (lambda: WithNoise(CHANNELS), "is a subclass of AffineCoupling"),
-    (lambda: edited(rosinality.InvConv2d, forward=more_arguments)(CHANNELS), r"its forward() takes (input, temperature)"),
+    (lambda: edited(rosinality.InvConv2d, forward=more_arguments)(CHANNELS), "forward() takes (input, temperature)"),
     (with_parameter, "it holds"),
     (with_name_of_ours, "it has a kind of its own"),
     (without_initialised, "it holds"),

@@ -15,7 +15,7 @@ from hflow_fast.nn import _fusion
 
 from . import chaiyujin_stand_in
 from .conftest import assert_same, perturbed
-from .glow_ports import IMAGES, Port, each_port, each_variant
+from .glow_ports import IMAGES, PORTS, Port, each_port, each_variant
 
 
 def images(count: int = IMAGES[0]) -> Tensor:
@@ -193,3 +193,13 @@ def test_bf16_networks(port: Port) -> None:
     for value, other in zip(got, expected, strict=True):
         assert value.dtype == torch.float32
         assert ((value - other).abs() < 0.1 * other.abs().max() + 0.1).all()
+
+
+def test_compiled_after() -> None:
+    stock, fast, _ = PORTS[0].pair()
+    stock, fast = stock.blocks[1].flows[0], fast.blocks[1].flows[0]
+    x = torch.randn(2, 24, 2, 2)
+    fast(x)
+    compiled = torch.compile(fast.forward, backend="aot_eager", fullgraph=True)
+    for got, value in zip(compiled(x), stock(x), strict=True):
+        torch.testing.assert_close(got, value, rtol=1e-4, atol=1e-3)

@@ -153,6 +153,18 @@ def test_loading_another_mask_and_permutation() -> None:
             torch.testing.assert_close(mine(x)[0], other(x)[0], rtol=1e-5, atol=1e-5)
 
 
+@torch.no_grad()
+def test_loading_nothing_but_another_permutation() -> None:
+    stock = perturbed(transforms.OneByOneConvolution(4)).eval()
+    fast, _ = accelerated(stock)
+    x = torch.randn(2, 4, 2, 2)
+    fast(x)
+    for layer in (stock, fast):
+        layer.permutation._permutation.copy_(layer.permutation._permutation.roll(1))
+    for call in (to_latent, to_data):
+        torch.testing.assert_close(call(fast, x)[0], call(stock, x)[0], rtol=1e-4, atol=1e-5)
+
+
 def test_actnorm_initialises_when_told_to() -> None:
     stock = built(CASES[0])
     fast, _ = accelerated(stock)
@@ -186,7 +198,8 @@ def test_stock_does_what_parts_do_not() -> None:
     vectors = built(Case("lu", lambda: transforms.LULinear(6, identity_init=False)))
     fast, _ = accelerated(vectors)
     assert_same(vectors, fast, torch.randn(2, 3, 6), call=lambda model, x: model.weight() @ x.mT)
-    for layer, x in ((transforms.OneByOneConvolution(4), torch.randn(2, 4)), (transforms.ActNorm(4), torch.randn(2, 4, 3)),
+    for layer, x in ((transforms.OneByOneConvolution(4), torch.randn(2, 4)),
+                     (transforms.ActNorm(4), torch.randn(2, 4, 3)),
                      (transforms.SqueezeTransform(), torch.randn(1, 2, 3, 4)),
                      (transforms.AffineCouplingTransform([0, 1], net), torch.randn(2, 3))):
         if isinstance(layer, transforms.ActNorm):

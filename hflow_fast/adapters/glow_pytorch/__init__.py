@@ -1,4 +1,4 @@
-"""Fast classes for the PyTorch ports of Glow: code that people copy into theirs, which no import can tell from other code.
+"""Fast classes for the PyTorch ports of Glow: code that people copy into theirs, which no import tells from other code.
 
 A layer is recognised by the name of its class; by its parameters, buffers, submodules and methods
 (:func:`.trial.misfit`); and by what it does (:func:`.trial.disagreement`): what behaves

@@ -228,7 +228,8 @@ def parts_of(layers: Iterable[nn.Module], inverse: bool) -> list[Part]:
     """Of ``layers``, which are in the order data → latent."""
     parts: list[Part] = []
     for layer in list(layers)[::-1] if inverse else layers:
-        parts += layer.parts(inverse) if isinstance(layer, Port) and not is_watched(layer) else [_called(layer, inverse)]
+        fused = isinstance(layer, Port) and not is_watched(layer)
+        parts += layer.parts(inverse) if fused else [_called(layer, inverse)]
     return parts
 
 

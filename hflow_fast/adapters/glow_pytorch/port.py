@@ -77,7 +77,7 @@ class Port(nn.Module):
 
     @classmethod
     def run_trial(cls, module: nn.Module, x: Tensor) -> list[Any]:
-        """Everything that can be seen of a layer from outside, for an input ``x`` (B, C, H, W) or what it makes of it."""
+        """Everything that is seen of a layer from outside, for an input ``x`` (B, C, H, W) or what it makes of it."""
         raise NotImplementedError
 
     @classmethod

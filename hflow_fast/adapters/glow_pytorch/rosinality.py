@@ -1,4 +1,4 @@
-"""Mix-ins for the classes of rosinality/glow-pytorch: ``forward(input) → (out, logdet)``, ``reverse(output) → input``."""
+"""Mix-ins for rosinality/glow-pytorch: ``forward(input) → (out, logdet)``, ``reverse(output) → input``."""
 
 from __future__ import annotations
 

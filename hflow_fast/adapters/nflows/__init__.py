@@ -1,8 +1,8 @@
 """The transforms of nflows (Durkan et al., 2020) on fused kernels.
 
 Each fast class is a subclass of the class of nflows it is named after; ``forward`` is data → latent, as there.
-:class:`CompositeTransform` runs all that stands between two coupling networks in one pass, in both directions: actnorms,
-1 × 1 convolutions, permutations, and the permutations that bring the features of a coupling's mask side by side.
+:class:`CompositeTransform` runs all that stands between two coupling networks in one pass, in both directions:
+actnorms, 1 × 1 convolutions, permutations, and those that bring the features of a coupling's mask side by side.
 ``InverseTransform`` and ``MultiscaleCompositeTransform`` stay as they are and call fast transforms; a composite looks
 into the former.
 """

@@ -91,8 +91,10 @@ class ActNorm(Fused, transforms.ActNorm):
 
 
 class LULinear(Fused, transforms.LULinear):
-    """z = L U x + bias, for vectors. What depends on weights alone is kept while gradients are off, with ``using_cache``
-    and without, and never stale."""
+    """z = L U x + bias, for vectors.
+
+    What depends on weights alone is kept while gradients are off, with ``using_cache`` and without, and never stale.
+    """
 
     mixes = True
 
