@@ -157,11 +157,8 @@ def flow_step(
     check_coupling("flow_step", x, raw, spec)
     check_channels("flow_step", x, (x.shape[1], x.shape[1]), weight=weight)
     check_channels("flow_step", x, (x.shape[1],), bias=bias)
-    dtype = compute_dtype(x)
-    u, log_det = coupling(x.to(dtype), raw, spec, inverse=inverse)
-    with torch.autocast(x.device.type, enabled=False):
-        y = torch.einsum("oc,bc...->bo...", weight.to(dtype), u) + _per_channel(bias.to(dtype), x)
-    return y.to(x.dtype), log_det
+    u, log_det = coupling(x.to(compute_dtype(x)), raw, spec, inverse=inverse)
+    return conv1x1(u, weight, bias).to(x.dtype), log_det
 
 
 def conv1x1(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -20,7 +20,7 @@ from hflow_fast.nn import _fusion
 
 from .conftest import accelerated, assert_same
 
-VECTOR, IMAGE, ODD, WIDE = (6,), (4, 4, 4), (5, 4, 2), (36, 2, 2)
+VECTOR, IMAGE, ODD, WIDE = (6,), (4, 4, 4), (5, 4, 2), (70, 2, 1)
 
 
 def network(channels_in: int, channels_out: int) -> nn.Module:
@@ -104,6 +104,7 @@ ALL_IN_ONE = [
     coupling("gin", "AllInOneBlock", gin_block=True, permute_soft=True),
     coupling("gin reverse", "AllInOneBlock", ODD, gin_block=True, reverse_permutation=True),
     coupling("conditional", "AllInOneBlock", conditions=(3, 2)),
+    coupling("rather wide", "AllInOneBlock", (36, 2, 2), permute_soft=True, reverse_permutation=True),
     coupling("wide", "AllInOneBlock", WIDE),
     coupling("wide vector", "AllInOneBlock", WIDE[:1], reverse_permutation=True),
     coupling("wide soft", "AllInOneBlock", WIDE, permute_soft=True, reverse_permutation=True),
@@ -141,7 +142,7 @@ CASES = [
     Case("ActNorm vector", "ActNorm", VECTOR),
     Case("ActNorm wide", "ActNorm", WIDE),
     Case("Fixed1x1Conv", "Fixed1x1Conv", IMAGE, {"M": matrix(4)}),
-    Case("Fixed1x1Conv wide", "Fixed1x1Conv", WIDE, {"M": matrix(36)}),
+    Case("Fixed1x1Conv wide", "Fixed1x1Conv", WIDE, {"M": matrix(70)}),
     Case("FixedLinearTransform", "FixedLinearTransform", VECTOR, {"M": matrix(6)}),
     Case("FixedLinearTransform shifted", "FixedLinearTransform", VECTOR, {"M": matrix(6), "b": torch.arange(6.0)}),
     Case("PermuteRandom", "PermuteRandom", IMAGE, {"seed": 3}),

@@ -77,7 +77,7 @@ def with_unknown_layers() -> nn.Module:
 
 def wide() -> nn.Module:
     """More channels than the fused kernel takes."""
-    model = sequence(36, 2, 2)
+    model = sequence(70, 2, 1)
     append(model, "ActNorm")
     for seed in range(2):
         append(model, "AllInOneBlock")
@@ -157,7 +157,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], list[tuple[int, ...]], list[tup
     "vectors": (vectors, [(6,)], []),
     "images": (images, [(1, 8, 4)], []),
     "unknown layers": (with_unknown_layers, [(6,)], []),
-    "wide": (wide, [(36, 2, 2)], []),
+    "wide": (wide, [(70, 2, 1)], []),
     "older sequence": (older, [(6,)], []),
     "conditional": (conditional, [(4, 2, 2)], [(2, 2, 2), (3, 2, 2)]),
     "glow": (glow, [(2, 8, 8)], []),
@@ -310,6 +310,28 @@ def test_layers_with_hooks_are_called():
     blocks[1].register_forward_pre_hook(lambda *args: heard.append("late"))
     stock(*inputs_of("glow")[0])
     assert heard == ["early", "late"]
+
+
+def test_blocks_with_a_network_in_common():
+    """Tied weights inside networks, which are called as they are, are no obstacle."""
+    shared = network(3, 6)
+    stock = sequence(6)
+    for _ in range(3):
+        stock.append(modules.AllInOneBlock, subnet_constructor=lambda *channels: shared)
+    fast, report = accelerated(stock)
+    assert len(report.replaced) == 4, str(report)
+    assert_same(stock, fast, torch.randn(3, 6))
+
+
+def test_an_activation_of_the_users_own():
+    """It may look at more than one element, so that blocks with it are not taken together."""
+    stock = build("older sequence")
+    for layer in stock:
+        layer.global_scale_activation = lambda scale: torch.softmax(scale, dim=1) * 6
+        layer.global_scale.data.normal_()
+    fast, _ = accelerated(stock)
+    fast[0].global_scale_activation = stock[0].global_scale_activation = lambda scale: scale.sum() * 0 + scale.exp()
+    assert_same(stock, fast, torch.randn(3, 6))
 
 
 def test_intermediate_outputs():

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from ...nn._fusion import ChannelMap, Coupling, Opaque, Piece
 from ...ops import CouplingSpec, actnorm, conv1x1
-from ...ops.flow_step import MAX_FUSED_CHANNELS
 from .._state import cache_of
-from .base import Evaluated, FusedLayer, codes_within, evaluate, of_fixed, permute, with_conditions
+from .base import Evaluated, FusedLayer, evaluate, of_fixed, permute, with_conditions
 from .couplings import amplify, spec_of
 
 __all__ = ["AllInOneBlock", "surroundings"]
@@ -23,7 +22,7 @@ Surroundings = tuple[list[Piece], list[Piece]]
 """What a block does before and behind its coupling."""
 
 _NETWORK_GAIN = 0.1  # FrEIA's, of the network's output
-_ACTIVATIONS = codes_within(stock.AllInOneBlock.__init__)  # of the global scale: functions without a name
+_FOLDED_CHANNELS = 64  # beyond, a gradient for the matrix costs more than another pass over the flow variable
 
 
 class AllInOneBlock(FusedLayer, stock.AllInOneBlock):
@@ -53,12 +52,13 @@ class AllInOneBlock(FusedLayer, stock.AllInOneBlock):
 
     def likeness(self) -> Hashable:
         """The same for blocks that :func:`surroundings` takes together."""
-        code = id(getattr(self.global_scale_activation, "__code__", None))
-        scale, activation = self.global_scale, code if code in _ACTIVATIONS else id(self)
-        return (self.in_channels, self.householder, self.GIN, self.reverse_pre_permute, activation,
-                scale.dtype, scale.device)
+        scale, activation = self.global_scale, self.global_scale_activation
+        # FrEIA's, a function without a name or a method, works on each element; nothing is known of another.
+        own = getattr(activation, "__module__", None) == stock.AllInOneBlock.__module__
+        return (self.in_channels, self.householder, self.GIN, self.reverse_pre_permute,
+                activation.__code__ if own else id(self), scale.dtype, scale.device)
 
-    def fixed_parameters(self) -> tuple[Tensor, ...]:
+    def own_parameters(self) -> tuple[Tensor, ...]:
         """What :func:`surroundings` depends on."""
         matrices = (self.w_0, self.vk_householder) if self.householder else (self.w_perm, self.w_perm_inv)
         return self.global_scale, self.global_offset, *matrices
@@ -105,8 +105,10 @@ def surroundings(blocks: Sequence[AllInOneBlock], inverse: bool) -> list[Surroun
     for block in blocks:
         if block.householder and block.w_perm is not None:
             block.w_perm = block.w_perm_inv = None  # left by the stock block with its graph, which nothing can copy
-    parameters = [parameter for block in blocks for parameter in block.fixed_parameters()]
-    compute = _folded if blocks[0].in_channels <= MAX_FUSED_CHANNELS or blocks[0].householder else _in_two_passes
+    compute = _folded if blocks[0].in_channels <= _FOLDED_CHANNELS or blocks[0].householder else _in_two_passes
+    if torch.is_grad_enabled():
+        return compute(blocks, inverse)
+    parameters = [parameter for block in blocks for parameter in block.own_parameters()]
     return cache_of(blocks[0]).get(f"{len(blocks)} {inverse}", parameters, lambda: compute(blocks, inverse))
 
 

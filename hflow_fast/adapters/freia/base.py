@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import CodeType
 from typing import Any, Callable, Hashable, Sequence, TypeVar
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from ...nn._fusion import Piece, run
 from .._state import cache_of
 
-__all__ = ["Evaluated", "FusedLayer", "codes_within", "evaluate", "of_fixed", "permute", "with_conditions"]
+__all__ = ["Evaluated", "FusedLayer", "evaluate", "of_fixed", "permute", "with_conditions"]
 
 T = TypeVar("T")
 
@@ -87,11 +86,6 @@ def evaluate(layer: FusedLayer, x: Tensor, inverse: bool, context: Sequence[Tens
 def with_conditions(layer: nn.Module, passive: Tensor, context: Sequence[Tensor]) -> Tensor:
     """What a network of ``layer`` is given: (B, channels + those of the conditions, …)."""
     return torch.cat([passive, *context], dim=1) if layer.conditional else passive
-
-
-def codes_within(function: Callable[..., Any]) -> frozenset[int]:
-    """The ids of the code of all functions that ``function`` makes."""
-    return frozenset(id(constant) for constant in function.__code__.co_consts if isinstance(constant, CodeType))
 
 
 def permute(x: Tensor, order: Tensor, back: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ by a change of order that folds into its neighbours.
 from __future__ import annotations
 
 from functools import lru_cache, partial
+from types import CodeType
 from typing import Sequence
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from ...nn._fusion import ChannelMap, Coupling, Opaque, Piece
 from ...ops import CouplingSpec, coupling
 from ...ops.flow_step import MAX_FUSED_CHANNELS
-from .base import Evaluated, FusedLayer, codes_within, evaluate, with_conditions
+from .base import Evaluated, FusedLayer, evaluate, with_conditions
 
 __all__ = [
     "AffineCouplingOneSided", "ConditionalAffineTransform", "GINCouplingBlock", "GLOWCouplingBlock",
@@ -25,7 +26,9 @@ __all__ = [
 ]  # fmt: skip
 
 
-_CLAMPS = codes_within(_BaseCouplingBlock.__init__)  # functions without a name
+_CLAMPS = frozenset(id(constant) for constant in _BaseCouplingBlock.__init__.__code__.co_consts
+                    if isinstance(constant, CodeType))
+"""The ids of the code of FrEIA's own clamps, which are functions without a name."""
 
 spec_of = lru_cache(CouplingSpec)
 """The one spec with these options."""
