@@ -11,7 +11,7 @@ from hflow_fast.ops._registration import empty_like_in, format_of, register
 from hflow_fast.ops.conv1x1 import conv1x1
 from hflow_fast.ops.coupling import CouplingSpec, coupling, spec_of
 
-__all__ = ["MAX_FUSED_CHANNELS", "flow_step"]
+__all__ = ["flow_step"]
 
 MAX_FUSED_CHANNELS = 32  # kMaxMixChannels of csrc/common/check.h; beyond, a matrix product is the better kernel
 
