@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from hflow_fast.models import Glow
-from hflow_fast.nn import ActNorm, AffineCoupling, CouplingSpec, InvConv1x1, Sequential, Squeeze
+from hflow_fast.nn import ActNorm, AffineCoupling, CouplingSpec, InvConv1x1, Reversible, Sequential, Squeeze
 
 __all__ = ["BUILDERS", "Chain", "Shape", "Subject", "build_glow", "import_glow_pytorch", "is_installed",
            "take_networks_out", "version_of"]  # fmt: skip
@@ -203,8 +203,8 @@ class Chain(nn.Module):
         for channels, _ in shape.stages():
             steps = [layer for _ in range(shape.depth) for layer in (
                 ActNorm(channels), InvConv1x1(channels),
-                AffineCoupling(shape.net(channels // 2, channels, resolution), spec))]  # fmt: skip
-            self.levels.append(Sequential(*steps))
+                AffineCoupling(shape.net(channels // 2, channels), spec))]  # fmt: skip
+            self.levels.append(Reversible(Sequential(*steps)) if reversible else Sequential(*steps))
 
     def forward(self, x: Tensor) -> Tensor:
         total = torch.zeros(len(x), device=x.device)

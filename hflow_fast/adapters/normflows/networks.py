@@ -8,12 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._state import cache_of, is_set
+from ..networks import is_reordered
 
 __all__ = ["ConvNet2d", "is_plain"]
-
-
-_PIXELS_WORTH_REORDERING = 512
-"""Of a whole batch: with fewer, weights take longer to reorder than activations."""
 
 
 class ConvNet2d(nf.nets.ConvNet2d):
@@ -24,7 +21,7 @@ class ConvNet2d(nf.nets.ConvNet2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) → raw parameters of a coupling."""
-        if not _is_reordered(x):
+        if not is_reordered(x):
             return self._activated(x)
         return self._activated(x.contiguous(memory_format=torch.channels_last)).contiguous()
 
@@ -62,14 +59,6 @@ def is_plain(net: nf.nets.ConvNet2d) -> bool:
     names = "".join({nn.Conv2d: "c", nn.LeakyReLU: "a", nf.utils.ActNorm: "n"}.get(kind, "?") for kind in kinds)
     return all(part in ("c", "cn") for part in names.split("a")) and all(
         layer.padding_mode == "zeros" for layer in net.net if isinstance(layer, nn.Conv2d))
-
-
-def _is_reordered(x: Tensor) -> bool:
-    """Whether every convolution would reorder activations to channels_last and back. With AVX2 that is quicker still."""
-    return (x.device.type == "cpu" and x.dtype is torch.float32 and x.dim() == 4
-            and torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
-            and x.shape[0] * x.shape[2] * x.shape[3] >= _PIXELS_WORTH_REORDERING
-            and not x.is_contiguous(memory_format=torch.channels_last))
 
 
 def _folded(conv: nn.Conv2d, norm: nf.flows.ActNorm) -> tuple[Tensor, Tensor]:
