@@ -26,6 +26,7 @@ import csv
 import gc
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -276,7 +277,9 @@ def measure_memory(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         command = [sys.executable, __file__, "--memory-of", side, "--widths", shape.width, "--device", options.device,
                    "--levels", shape.levels, "--depth", shape.depth, "--resolution", shape.resolution, "--batch",
                    shape.batch, *(["--threads", options.threads] if options.threads else [])]  # fmt: skip
-        output = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+        # With a fixed threshold the allocator hands freed tensors back, so that the process is as large as they are.
+        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
+        output = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
         if output.returncode:
             raise SystemExit(f"dropin: measuring the memory of {side} failed:\n{output.stderr}")
         peaks[side] = json.loads(output.stdout.splitlines()[-1])
