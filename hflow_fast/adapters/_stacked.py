@@ -1,4 +1,4 @@
-"""The channel maps of many layers at once, so that a model of many blocks assembles them in as many calls as one block."""
+"""The channel maps of many layers at once: a model of many blocks assembles them in as many calls as one block."""
 
 from __future__ import annotations
 

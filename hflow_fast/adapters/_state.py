@@ -44,7 +44,7 @@ def cache_of(layer: nn.Module) -> ParameterCache:
 
 
 def is_set(layer: nn.Module, name: str, flag: Tensor | None = None) -> bool:
-    """Whether the buffer ``name`` of ``layer``, such as "is initialised", is true; or ``flag``, remembered as ``name``."""
+    """Whether the buffer ``name`` of ``layer``, such as "initialised", is true; or ``flag``, remembered as ``name``."""
     return _lazily(layer, "_fused_flags", _Flags).is_set(name, getattr(layer, name) if flag is None else flag)
 
 

@@ -17,19 +17,19 @@ from .report import AccelerationReport, LeftLayer, Match, ReplacedLayer
 __all__ = ["AccelerationReport", "LeftLayer", "Match", "ReplacedLayer", "accelerate", "match_exactly", "restore"]
 
 _ADAPTERS = {"normflows": "normflows", "FrEIA": "freia", "nflows": "nflows", None: "glow_pytorch"}
-"""Which module of this package knows which library, by the name it is imported by. None: code that people copy, which is
-recognised by its structure."""
+"""Which module of this package knows which library, by the name it is imported by. None: code that people copy, which
+is recognised by its structure."""
 
 
 def accelerate(model: nn.Module) -> AccelerationReport:
     """Makes the layers that it knows in ``model`` run fused, in place.
 
     Knows layers of normflows, FrEIA, nflows, and of the PyTorch ports of Glow. Each gets the class of an adapter, a
-    subclass of its own: same outputs, log-dets and gradients to rounding, fewer passes. Parameters, buffers, their names
-    and the optimizer's references to them stay as they are, so a ``state_dict`` goes both ways. What it does not know, or
-    cannot replace without a change that someone might notice, is left as it is, and the report says why: layers with
-    hooks, with tied weights, not yet initialised from data, on another device, subclasses. Hooks added *later* to a
-    layer inside a replaced one may not be called. :func:`restore` takes everything back.
+    subclass of its own: same outputs, log-dets and gradients to rounding, fewer passes. Parameters, buffers, their
+    names and the optimizer's references to them stay as they are, so a ``state_dict`` goes both ways. What it does not
+    know, or cannot replace without a change that someone might notice, is left as it is, and the report says why:
+    layers with hooks, with tied weights, not yet initialised from data, on another device, subclasses. Hooks added
+    *later* to a layer inside a replaced one may not be called. :func:`restore` takes everything back.
 
     Args:
         model: any module; ``DataParallel`` and ``DistributedDataParallel`` around it are fine.
@@ -109,7 +109,7 @@ def stock_class(module: nn.Module) -> type[nn.Module] | None:
 
 
 def match_exactly(module: nn.Module, fast: Mapping[type[nn.Module], type[nn.Module]]) -> Match | None:
-    """The fast class of ``module`` where its class is a key of ``fast``; why it stays where that is derived from one."""
+    """The fast class of ``module`` where its class is a key of ``fast``; why it stays where it is derived from one."""
     if type(module) in fast:
         return Match(fast[type(module)])
     if nn.utils.parametrize.is_parametrized(module):

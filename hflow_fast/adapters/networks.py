@@ -10,6 +10,8 @@ from .report import Match
 __all__ = ["Sequential", "is_reordered", "match"]
 
 _ACTIVATIONS = (nn.ReLU, nn.LeakyReLU)
+_COMPUTES_CHANNELS_LAST = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
+"""Whether a processor's convolutions reorder other activations to it and back. With AVX2 that is quicker still."""
 _PIXELS_WORTH_REORDERING = 512
 """Of a whole batch: with fewer, weights take longer to reorder than activations."""
 
@@ -41,9 +43,8 @@ class Sequential(nn.Sequential):
 
 
 def is_reordered(x: Tensor) -> bool:
-    """Whether every convolution would reorder activations to channels_last and back. With AVX2 that is quicker still."""
-    return (x.device.type == "cpu" and x.dtype is torch.float32 and x.dim() == 4
-            and torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
+    """Whether every convolution of a network would reorder its input, of the batch and size of ``x``, and its output."""
+    return (_COMPUTES_CHANNELS_LAST and x.device.type == "cpu" and x.dtype is torch.float32 and x.dim() == 4
             and x.shape[0] * x.shape[2] * x.shape[3] >= _PIXELS_WORTH_REORDERING
             and not x.is_contiguous(memory_format=torch.channels_last))
 

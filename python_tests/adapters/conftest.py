@@ -16,7 +16,7 @@ Call = Callable[..., Any]
 
 
 def perturbed(model: nn.Module, scale: float = 0.1, seed: int = 0) -> nn.Module:
-    """``model`` itself, every parameter moved by noise: no zero layer, no identity, nothing a mistake could hide behind.
+    """``model`` itself, every parameter moved by noise: no zeros, no identity, nothing a mistake could hide behind.
 
     Initialise it from data first where the library does so on the first call.
     """

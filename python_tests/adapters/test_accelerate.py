@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import doctest
 import pickle
 import subprocess
 import sys
@@ -78,6 +79,11 @@ def test_the_call_is_offered_lazily() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_the_example_in_its_docstring() -> None:
+    result = doctest.testmod(sys.modules[accelerate.__module__], extraglobs={"nn": nn})
+    assert result.attempted > 0 and result.failed == 0
+
+
 @pytest.mark.parametrize("wrong", [None, {"w": torch.zeros(1)}, nn.Linear])
 def test_something_else_is_refused(wrong: object) -> None:
     with pytest.raises(TypeError, match="torch.nn.Module"):
@@ -112,6 +118,15 @@ def test_hooks_are_kept_alive(register: str) -> None:
     z = torch.randn(2, 4, 4, 4, requires_grad=True)
     fast.forward_and_log_det(z)[0].sum().backward()
     assert len(calls) == 1
+
+
+def test_a_hook_on_the_whole_model() -> None:
+    stock, seen = model(), []
+    stock.register_forward_hook(lambda *arguments: seen.append(arguments[2]))
+    fast = assert_left(stock, "", "hooks")
+    z = torch.randn(2, 4, 4, 4)
+    torch.testing.assert_close(fast(z), stock(z), rtol=1e-4, atol=1e-4)
+    assert len(seen) == 2
 
 
 def test_a_hook_inside_a_layer_counts() -> None:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from ..._checks import compute_dtype
 from ...nn._fusion import ChannelMap, Opaque, Piece, run
 from .._stacked import StackedMaps, fold, unstack
-from .._state import cache_of
 
 __all__ = ["Fused", "MapLayer", "call", "evaluate", "links", "pieces_of"]
 
@@ -34,9 +33,6 @@ class MapLayer(Protocol):
 
     def channels(self) -> int:
         """C."""
-
-    def tensors(self) -> Sequence[Tensor]:
-        """What the map depends on."""
 
     @staticmethod
     def stacked(layers: Sequence[Any], x: Tensor, sampling: bool) -> StackedMaps:
@@ -65,17 +61,17 @@ class Fused:
         return self._evaluate(z, False) if self.links(z, False) is not None else super().inverse(z)
 
     def _evaluate(self, z: Tensor, sampling: bool) -> tuple[Tensor, Tensor]:
-        y, log_det = evaluate(self, "alone", [self], z, sampling)
+        y, log_det = evaluate([self], z, sampling)
         return y, log_det.to(z.dtype)
 
 
-def evaluate(owner: nn.Module, name: str, layers: Iterable[nn.Module], x: Tensor,
-             sampling: bool) -> tuple[Tensor, Tensor]:
+def evaluate(layers: Iterable[nn.Module], x: Tensor, sampling: bool) -> tuple[Tensor, Tensor]:
     """Runs ``layers`` in this order on ``x`` (B, C, …): the result and log|det| (B,).
 
-    ``owner`` keeps what depends on parameters alone while gradients are off, under ``name``.
+    Nothing is kept from call to call: the code around such models may write to ``parameter.data``, which leaves no
+    trace.
     """
-    return run(pieces_of(owner, name, layers, x, sampling), x)
+    return run(pieces_of(layers, x, sampling), x)
 
 
 def links(layers: Iterable[nn.Module], x: Tensor, sampling: bool) -> Iterator[Link]:
@@ -97,8 +93,7 @@ def call(layer: nn.Module, sampling: bool, x: Tensor) -> tuple[Tensor, Tensor]:
     return y, y.new_full((len(y),), log_det, dtype=dtype)
 
 
-def pieces_of(owner: nn.Module, name: str, layers: Iterable[nn.Module], x: Tensor,
-              sampling: bool) -> list[Piece]:
+def pieces_of(layers: Iterable[nn.Module], x: Tensor, sampling: bool) -> list[Piece]:
     """What :func:`evaluate` runs, neighbouring maps folded."""
     pieces: list[Piece | int] = []
     segments: list[list[MapLayer]] = []
@@ -110,7 +105,7 @@ def pieces_of(owner: nn.Module, name: str, layers: Iterable[nn.Module], x: Tenso
         else:
             pieces.append(len(segments))
             segments.append(segment)
-    maps = _maps(owner, f"{name} {'data' if sampling else 'latent'}", segments, x, sampling)
+    maps = _folded(segments, x, sampling)
     return [maps[piece] if isinstance(piece, int) else piece for piece in pieces]
 
 
@@ -129,19 +124,8 @@ def _segmented(chain: Iterable[Link]) -> Iterator[Piece | list[MapLayer]]:
         yield segment
 
 
-def _maps(owner: nn.Module, name: str, segments: list[list[MapLayer]], x: Tensor, sampling: bool) -> list[ChannelMap]:
-    """Each segment as one map."""
-    if torch.is_grad_enabled() or not segments:
-        return _folded(segments, x, sampling)
-    layers = [layer for segment in segments for layer in segment]
-    # Tensors do not tell where segments end, nor of layers without any, and all take after the flow variable.
-    build = [len(segment) for segment in segments], [layer.kind(x) for layer in layers if not layer.tensors()]
-    return cache_of(owner).get(f"{name} {x.dtype} {x.device} {build}",
-                               [tensor for layer in layers for tensor in layer.tensors()],
-                               lambda: _folded(segments, x, sampling))
-
-
 def _folded(segments: list[list[MapLayer]], x: Tensor, sampling: bool) -> list[ChannelMap]:
+    """Each segment as one map; segments of the same layers are computed together."""
     groups: dict[Hashable, list[int]] = {}
     for index, segment in enumerate(segments):
         groups.setdefault(tuple(layer.kind(x) for layer in segment), []).append(index)

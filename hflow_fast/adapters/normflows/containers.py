@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Iterable
-
 import normflows as nf
 import torch
 from torch import Tensor, nn
@@ -13,14 +11,12 @@ from .chain import evaluate
 __all__ = ["ClassCondFlow", "MultiscaleFlow", "NormalizingFlow"]
 
 
-def _to_data(model: nn.Module, z: Tensor, name: str = "", flows: Iterable[nn.Module] | None = None
-             ) -> tuple[Tensor, Tensor]:
-    return evaluate(model, name, model.flows if flows is None else flows, z, sampling=True)
+def _to_data(flows: nn.ModuleList, z: Tensor) -> tuple[Tensor, Tensor]:
+    return evaluate(flows, z, sampling=True)
 
 
-def _to_latent(model: nn.Module, x: Tensor, name: str = "", flows: nn.ModuleList | None = None
-               ) -> tuple[Tensor, Tensor]:
-    return evaluate(model, name, reversed(model.flows if flows is None else flows), x, sampling=False)
+def _to_latent(flows: nn.ModuleList, x: Tensor) -> tuple[Tensor, Tensor]:
+    return evaluate(reversed(list(flows)), x, sampling=False)
 
 
 class NormalizingFlow(nf.NormalizingFlow):
@@ -28,20 +24,20 @@ class NormalizingFlow(nf.NormalizingFlow):
 
     def forward(self, z: Tensor) -> Tensor:
         """Latent → data."""
-        return _to_data(self, z)[0]
+        return _to_data(self.flows, z)[0]
 
     def forward_and_log_det(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Latent → data and log|det| (B,)."""
-        x, log_det = _to_data(self, z)
+        x, log_det = _to_data(self.flows, z)
         return x, log_det.to(torch.get_default_dtype())
 
     def inverse(self, x: Tensor) -> Tensor:
         """Data → latent."""
-        return _to_latent(self, x)[0]
+        return _to_latent(self.flows, x)[0]
 
     def inverse_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Data → latent and log|det| (B,)."""
-        z, log_det = _to_latent(self, x)
+        z, log_det = _to_latent(self.flows, x)
         return z, log_det.to(torch.get_default_dtype())
 
     def forward_kld(self, x: Tensor) -> Tensor:
@@ -51,12 +47,12 @@ class NormalizingFlow(nf.NormalizingFlow):
     def sample(self, num_samples: int = 1) -> tuple[Tensor, Tensor]:
         """Samples and their log-likelihoods (B,)."""
         z, log_q = self.q0(num_samples)
-        x, log_det = _to_data(self, z)
+        x, log_det = _to_data(self.flows, z)
         return x, (log_q - log_det).to(log_q.dtype)
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Log-likelihoods (B,) in nats."""
-        z, log_det = _to_latent(self, x)
+        z, log_det = _to_latent(self.flows, x)
         return (log_det + self.q0.log_prob(z)).to(x.dtype)
 
 
@@ -70,12 +66,12 @@ class ClassCondFlow(nf.ClassCondFlow):
     def sample(self, num_samples: int = 1, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Samples and their log-likelihoods (B,)."""
         z, log_q = self.q0(num_samples, y)
-        x, log_det = _to_data(self, z)
+        x, log_det = _to_data(self.flows, z)
         return x, (log_q - log_det).to(log_q.dtype)
 
     def log_prob(self, x: Tensor, y: Tensor) -> Tensor:
         """Log-likelihoods (B,) in nats."""
-        z, log_det = _to_latent(self, x)
+        z, log_det = _to_latent(self.flows, x)
         return (log_det + self.q0.log_prob(z, y)).to(x.dtype)
 
 
@@ -89,7 +85,7 @@ class MultiscaleFlow(nf.MultiscaleFlow):
             if level > 0:
                 x, term = self.merges[level - 1]([x, z[level]])
                 terms.append(term)
-            x, term = _to_data(self, x, str(level), self.flows[level])
+            x, term = _to_data(self.flows[level], x)
             terms.append(term)
         if self.transform is not None:
             x, term = self.transform(x)
@@ -103,7 +99,7 @@ class MultiscaleFlow(nf.MultiscaleFlow):
             x, term = self.transform.inverse(x)
             terms.append(term)
         for level in reversed(range(len(self.q0))):
-            x, term = _to_latent(self, x, str(level), self.flows[level])
+            x, term = _to_latent(self.flows[level], x)
             terms.append(term)
             if level > 0:
                 (x, split_off), term = self.merges[level - 1].inverse(x)
@@ -125,7 +121,7 @@ class MultiscaleFlow(nf.MultiscaleFlow):
             else:
                 x, term = self.merges[level - 1]([x, z])
                 terms.append(-term)
-            x, term = _to_data(self, x, str(level), self.flows[level])
+            x, term = _to_data(self.flows[level], x)
             terms.append(-term)
         if self.transform is not None:
             x, term = self.transform(x)

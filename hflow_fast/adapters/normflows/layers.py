@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Hashable, Iterable, Sequence
 
 import normflows as nf
@@ -42,9 +42,6 @@ class AffineConstFlow(Fused, nf.flows.AffineConstFlow):
     def channels(self) -> int:
         return self.s.shape[1]
 
-    def tensors(self) -> Sequence[Tensor]:
-        return self.s, self.t
-
     @staticmethod
     def stacked(layers: Sequence[AffineConstFlow], x: Tensor, sampling: bool) -> StackedMaps:
         log_scale = torch.stack([layer.s for layer in layers]).flatten(1)
@@ -67,7 +64,7 @@ class ActNorm(AffineConstFlow, nf.flows.ActNorm):
 
 
 class Invertible1x1Conv(Fused, nf.flows.Invertible1x1Conv):
-    """The inverse 1 × 1 convolution when sampling. Inverted in float64; kept while gradients are off."""
+    """The inverse 1 × 1 convolution when sampling. Inverted in float64."""
 
     mixes = True
 
@@ -81,24 +78,25 @@ class Invertible1x1Conv(Fused, nf.flows.Invertible1x1Conv):
     def channels(self) -> int:
         return self.num_channels
 
-    def tensors(self) -> Sequence[Tensor]:
-        return (self.P, self.L, self.U, self.sign_S, self.log_S) if self.use_lu else (self.W,)
-
     @staticmethod
     def stacked(layers: Sequence[Invertible1x1Conv], x: Tensor, sampling: bool) -> StackedMaps:
         if layers[0].use_lu:
-            permutation, lower, upper, sign, log_diagonal = map(torch.stack, zip(*(layer.tensors() for layer in layers)))
+            permutation, lower, upper, sign, log_diagonal = (
+                torch.stack([getattr(layer, name) for layer in layers]) for name in ("P", "L", "U", "sign_S", "log_S"))
             lower = lower.tril(-1) + layers[0].eye
             upper = upper.triu(1) + torch.diag_embed(sign * log_diagonal.exp())
             weight, log_det = permutation @ (lower @ upper), log_diagonal.sum(1)
         else:
             weight = torch.stack([layer.W for layer in layers])
             log_det = lu(weight)[0]
-        return StackedMaps(invert(weight, "Invertible1x1Conv"), None, -log_det) if sampling else \
-            StackedMaps(weight, None, log_det)
+        if not sampling:
+            return StackedMaps(weight, None, log_det)
+        # On a GPU, looking for singular matrices would stall each call.
+        inverse = invert(weight, "Invertible1x1Conv") if weight.device.type == "cpu" else lu(weight.double())[1]
+        return StackedMaps(inverse, None, -log_det)
 
     def _evaluate(self, z: Tensor, sampling: bool) -> tuple[Tensor, Tensor]:
-        channel_map, = pieces_of(self, "alone", [self], z, sampling)
+        channel_map, = pieces_of([self], z, sampling)
         return conv1x1(z, channel_map.weight), channel_map.log_det * math.prod(z.shape[2:])
 
 
@@ -115,9 +113,6 @@ class Permute(Fused, nf.flows.Permute):
 
     def channels(self) -> int:
         return self.num_channels
-
-    def tensors(self) -> Sequence[Tensor]:
-        return (self.perm, self.inv_perm) if self.mode == "shuffle" else ()
 
     @staticmethod
     def stacked(layers: Sequence[Permute], x: Tensor, sampling: bool) -> StackedMaps:
@@ -171,20 +166,17 @@ class AffineCouplingBlock(Fused, nf.flows.AffineCouplingBlock):
     def links(self, x: Tensor, sampling: bool) -> Iterable[Link] | None:
         if not 2 <= x.dim() <= 4:
             return None
-        mode = self.flows[0].mode
-        if mode == "channel":
-            return [Coupling(self._raw, _spec_of(self.flows[1], "channels_ceil"), inverse=not sampling)]
+        split, layer, _ = self.flows
+        if split.mode == "channel":
+            spec = _spec_of(layer, "channels_ceil")
+            return [Coupling(partial(_raw_of_second_half, layer), spec, inverse=not sampling)]
 
         def function(x: Tensor) -> tuple[Tensor, Tensor]:
-            active, passive = _split(x, mode)
-            active, log_det = _transform(self.flows[1], passive, active, sampling)
-            return _merge(active, passive, mode), log_det
+            active, passive = _split(x, split.mode)
+            active, log_det = _transform(layer, passive, active, sampling)
+            return _merge(active, passive, split.mode), log_det
 
         return [Opaque(function)]
-
-    def _raw(self, x: Tensor) -> Tensor:
-        passive = (x.shape[1] + 1) // 2
-        return _raw(self.flows[1], x[:, :passive], (x.shape[0], x.shape[1] - passive, *x.shape[2:]))
 
 
 class GlowBlock(Fused, nf.flows.GlowBlock):
@@ -196,10 +188,11 @@ class GlowBlock(Fused, nf.flows.GlowBlock):
             inner.__class__ = FAST_LAYERS.get(type(inner), type(inner))
 
     def links(self, x: Tensor, sampling: bool) -> Iterable[Link] | None:
-        return links(self.flows if sampling else reversed(self.flows), x, sampling)
+        return links(self.flows if sampling else reversed(list(self.flows)), x, sampling)
 
 
-def _transform(layer: nf.flows.AffineCoupling, passive: Tensor, active: Tensor, sampling: bool) -> tuple[Tensor, Tensor]:
+def _transform(layer: nf.flows.AffineCoupling, passive: Tensor, active: Tensor,
+               sampling: bool) -> tuple[Tensor, Tensor]:
     return coupling(active, _raw(layer, passive, active.shape), _spec_of(layer, "all"), inverse=not sampling)
 
 
@@ -208,6 +201,11 @@ def _raw(layer: nf.flows.AffineCoupling, passive: Tensor, shape: Sequence[int]) 
     raw = layer.param_map(passive)
     # Shifts may be the same for all pixels; scales may not, their log-det would be wrong.
     return raw if layer.scale or raw.shape == shape else raw.expand(shape)
+
+
+def _raw_of_second_half(layer: nf.flows.AffineCoupling, x: Tensor) -> Tensor:
+    passive = (x.shape[1] + 1) // 2
+    return _raw(layer, x[:, :passive], (x.shape[0], x.shape[1] - passive, *x.shape[2:]))
 
 
 def _spec_of(layer: nf.flows.AffineCoupling, active: str) -> CouplingSpec:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._state import cache_of, is_set
+from .._state import is_set
 from ..networks import is_reordered
 
 __all__ = ["ConvNet2d", "is_plain"]
@@ -27,30 +27,25 @@ class ConvNet2d(nf.nets.ConvNet2d):
 
     def _activated(self, x: Tensor) -> Tensor:
         folded = False
-        for index, layer in enumerate(self.net):
+        layers = list(self.net)
+        for index, layer in enumerate(layers):
             if isinstance(layer, nn.LeakyReLU):
                 # No convolution or actnorm needs its output for its gradient; a negative slope would need the input.
                 x = F.leaky_relu(x, layer.negative_slope, inplace=layer.negative_slope >= 0)
             elif isinstance(layer, nn.Conv2d):
-                norm = self._actnorm_behind(index)
+                norm = self._foldable(index, layers[index + 1:])
                 folded = norm is not None
-                x = self._convolved(x, index, layer, norm) if folded else layer(x)
+                x = _convolved(x, layer, norm) if folded else layer(x)
             elif not folded:
                 x = layer(x)
         return x
 
-    def _actnorm_behind(self, index: int) -> nf.flows.ActNorm | None:
-        """Which can be folded into convolution ``index``."""
-        following = self.net[index + 1] if index + 1 < len(self.net) else None
-        if not isinstance(following, nf.utils.ActNorm):
+    def _foldable(self, index: int, following: list[nn.Module]) -> nf.flows.ActNorm | None:
+        """The actnorm behind convolution ``index``, if there is one and it is initialised."""
+        if not following or not isinstance(following[0], nf.utils.ActNorm):
             return None
-        norm = following.actNorm
-        return norm if is_set(self, f"actnorm {index + 1}", norm.data_dep_init_done) else None
-
-    def _convolved(self, x: Tensor, index: int, conv: nn.Conv2d, norm: nf.flows.ActNorm) -> Tensor:
-        parameters = [tensor for tensor in (conv.weight, conv.bias, norm.s, norm.t) if tensor is not None]
-        weight, bias = cache_of(self).get(str(index), parameters, lambda: _folded(conv, norm))
-        return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+        norm = following[0].actNorm
+        return norm if is_set(self, f"actnorm {index}", norm.data_dep_init_done) else None
 
 
 def is_plain(net: nf.nets.ConvNet2d) -> bool:
@@ -61,7 +56,10 @@ def is_plain(net: nf.nets.ConvNet2d) -> bool:
         layer.padding_mode == "zeros" for layer in net.net if isinstance(layer, nn.Conv2d))
 
 
-def _folded(conv: nn.Conv2d, norm: nf.flows.ActNorm) -> tuple[Tensor, Tensor]:
-    """The convolution and e^s·x + t behind it as one."""
-    scale, shift = torch.exp(norm.s.flatten()), norm.t.flatten()
-    return conv.weight * scale[:, None, None, None], shift if conv.bias is None else conv.bias * scale + shift
+def _convolved(x: Tensor, conv: nn.Conv2d, norm: nf.flows.ActNorm) -> Tensor:
+    """The convolution and e^s·x + t behind it, as one."""
+    scale, bias = torch.exp(norm.s.flatten()), norm.t.flatten()
+    if conv.bias is not None:
+        bias = conv.bias * scale + bias
+    weight = conv.weight * scale[:, None, None, None]
+    return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
