@@ -12,13 +12,12 @@ from typing import Any, Callable, Hashable, Iterable, NamedTuple, Protocol, Sequ
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._checks import compute_dtype
 from ..nn._fusion import ChannelMap, Coupling, Evaluated, Opaque, Piece, run
 from ..nn._inversion import invert
 from ._stacked import StackedMaps, fold, unstack
-from ._state import cache_of
 
 __all__ = ["Map", "MapLayer", "Part", "Shuffle", "constant", "evaluate", "inverse_of", "plu", "squeezed", "unsqueezed",
            "zeros"]
@@ -36,9 +35,6 @@ class MapLayer(Protocol):
 
     def kind(self) -> Hashable:
         """Layers of the same kind can be stacked."""
-
-    def tensors(self) -> Sequence[Tensor]:
-        """What the map depends on."""
 
     def map_channels(self) -> int:
         """C."""
@@ -97,17 +93,16 @@ Segment = list[Map | Shuffle]
 """Neighbours that become one map, or none."""
 
 
-def evaluate(owner: nn.Module, name: str, parts: Iterable[Part], x: Tensor) -> Evaluated:
+def evaluate(parts: Iterable[Part], x: Tensor) -> Evaluated:
     """``parts``, in the order of evaluation, on ``x`` (B, C, …): the result and log|det| (B,).
 
-    Args:
-        owner: keeps what depends on parameters alone while gradients are off,
-        name: for the chain that it calls this.
+    Nothing is kept from call to call: the code around such models may write to ``parameter.data``, which leaves no
+    trace.
     """
-    return run(_pieces(owner, name, parts, x), x)
+    return run(_pieces(parts, x), x)
 
 
-def _pieces(owner: nn.Module, name: str, parts: Iterable[Part], x: Tensor) -> list[Piece]:
+def _pieces(parts: Iterable[Part], x: Tensor) -> list[Piece]:
     pieces: list[Piece | int] = []
     segments: list[Segment] = []
     for part in _segmented(parts):
@@ -124,7 +119,7 @@ def _pieces(owner: nn.Module, name: str, parts: Iterable[Part], x: Tensor) -> li
                 continue
         pieces.append(len(segments))
         segments.append(part)
-    maps = _maps(owner, name, segments, x)
+    maps = _folded(segments, x)
     return [maps[piece] if isinstance(piece, int) else piece for piece in pieces]
 
 
@@ -155,19 +150,8 @@ def _on_its_own(part: Map | Shuffle) -> Opaque:
     return Opaque(lambda x: (x.index_select(1, _index(part.order, x.device)), zeros(x)))
 
 
-def _maps(owner: nn.Module, name: str, segments: list[Segment], x: Tensor) -> list[ChannelMap]:
-    """Each segment as one map."""
-    if torch.is_grad_enabled() or not segments:
-        return _folded(segments, x)
-    tensors = [tensor for segment in segments for link in segment if isinstance(link, Map)
-               for tensor in link.layer.tensors()]
-    # Tensors do not tell which way a layer goes, nor where segments end.
-    build = tuple(tuple(link.order if isinstance(link, Shuffle) else link.inverse for link in segment)
-                  for segment in segments)
-    return cache_of(owner).get((name, build, x.dtype, x.device), tensors, lambda: _folded(segments, x))
-
-
 def _folded(segments: list[Segment], x: Tensor) -> list[ChannelMap]:
+    """Each segment as one map; segments of the same layers are assembled together."""
     groups: dict[Hashable, list[int]] = {}
     for index, segment in enumerate(segments):
         groups.setdefault(tuple(link.kind for link in segment), []).append(index)
@@ -211,7 +195,7 @@ def inverse_of(maps: StackedMaps, layer: str) -> StackedMaps:
 
 
 def plu(permutation: Tensor, lower: Tensor, upper: Tensor, sign: Tensor, log_diagonal: Tensor) -> StackedMaps:
-    """P L (U + diag(±e^s)) of Glow (Eq. 10): matrices (N, C, C), of L and U what is off the diagonal; vectors (N, C)."""
+    """P L (U + diag(±e^s)) of Glow (Eq. 10): matrices (N, C, C), of L and U the strict triangles; vectors (N, C)."""
     identity = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
     weight = permutation @ (lower.tril(-1) + identity) @ (upper.triu(1) + torch.diag_embed(sign * log_diagonal.exp()))
     return StackedMaps(weight, None, log_diagonal.sum(dim=1))

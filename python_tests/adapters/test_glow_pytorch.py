@@ -188,7 +188,7 @@ EDITED: dict[str, Callable[[], nn.Module]] = {
     "block": lambda: edited(rosinality.Block, forward=lambda self, input: self.flows[0](input))(CHANNELS // 4, 2),
     "convolution": lambda: edited(chaiyujin.Conv2d, forward=lambda self, input: torch.relu(
         self.actnorm(nn.functional.conv2d(input, self.weight, padding=1))[0]))(CHANNELS, 6, 3, chaiyujin.ActNorm2d),
-    "permute": lambda: edited(chaiyujin.Permute2d, forward=lambda self, input, reverse=False: input)(CHANNELS, True),
+    "permute": lambda: edited(chaiyujin.Permute2d, forward=lambda self, input, reverse=False: input)(CHANNELS, False),
     "flow-step": lambda: edited(chaiyujin.FlowStep, permuted=lambda self, z, logdet, reverse: (z, logdet))(CHANNELS, 6),
     "squeeze": lambda: edited(chaiyujin.SqueezeLayer, forward=lambda self, input, logdet=None, reverse=False: (
         input.flip(1), logdet))(2),

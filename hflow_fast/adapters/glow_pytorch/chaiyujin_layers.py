@@ -13,7 +13,6 @@ from ...nn._fusion import Evaluated, Opaque
 from ...ops import actnorm, lu
 from .._chain import Map, Part, Shuffle, inverse_of, plu, zeros
 from .._stacked import StackedMaps
-from .._state import cache_of
 from .port import Port, evaluate_as_stock, is_watched
 
 __all__ = ["ORIGIN", "ActNorm2d", "Conv2d", "InvertibleConv1x1", "Layer", "LogDet", "Permute2d", "parts_of"]
@@ -34,7 +33,7 @@ class Layer(Port):
         return self._evaluate(input, logdet, reverse)
 
     def _evaluate(self, x: Tensor, log_det: LogDet, inverse: bool) -> tuple[Tensor, LogDet]:
-        y, term = evaluate_as_stock(self, "data" if inverse else "latent", self.parts(inverse), x)
+        y, term = evaluate_as_stock(self.parts(inverse), x)
         return y, None if log_det is None else log_det + term
 
     @classmethod
@@ -210,7 +209,7 @@ class Conv2d(Port):
         conv, norm = _convolution(self), self.actnorm
         if not norm.inited or is_watched(norm) or (conv is not self and is_watched(conv)):
             return super(Port, self).forward(input)
-        weight, bias = cache_of(self).get("folded", [conv.weight, norm.bias, norm.logs], self._folded)
+        weight, bias = self._folded()
         return F.conv2d(input, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
     def _folded(self) -> tuple[Tensor, Tensor]:

@@ -169,9 +169,9 @@ class FlowNet(Port):
         return [z, log_det, module(z, given, True, 0.7)]
 
     def encode(self, z: Tensor, logdet: LogDet = 0.0) -> tuple[Tensor, LogDet]:
-        for name, fused, layers in _chains(self.layers):
+        for fused, layers in _chains(self.layers):
             if fused:
-                z, term = evaluate_as_stock(self, f"latent {name}", parts_of(layers, False), z)
+                z, term = evaluate_as_stock(parts_of(layers, False), z)
                 logdet = logdet + term
                 continue
             for layer in layers:
@@ -181,9 +181,9 @@ class FlowNet(Port):
     def decode(self, z: Tensor, *temperature: float | None, **named: float | None) -> Tensor:
         # The ports call it differently, and pass it on to Split2d as its last argument.
         (temperature,) = (*temperature, *named.values()) or (None,)
-        for name, fused, layers in _chains(list(self.layers)[::-1]):
+        for fused, layers in _chains(list(self.layers)[::-1]):
             if fused:
-                z = evaluate(self, f"data {name}", parts_of(layers[::-1], True), z)[0]
+                z = evaluate(parts_of(layers[::-1], True), z)[0]
                 continue
             for layer in layers:
                 z = layer(z, 0, True, temperature)[0] if _is_split(layer) else layer(z, logdet=0, reverse=True)[0]
@@ -194,8 +194,7 @@ def _is_split(layer: nn.Module) -> bool:
     return hasattr(layer, "split2d_prior")
 
 
-def _chains(layers: Iterable[nn.Module]) -> Iterator[tuple[int, bool, list[nn.Module]]]:
-    """A number, whether they are fused, and the layers, for each chain of layers that are or are not."""
+def _chains(layers: Iterable[nn.Module]) -> Iterator[tuple[bool, list[nn.Module]]]:
+    """Whether they are fused, and the layers, for each chain of layers that are or are not."""
     chains = itertools.groupby(layers, key=lambda layer: isinstance(layer, FlowStep) and not is_watched(layer))
-    for number, (fused, chain) in enumerate(chains):
-        yield number, fused, list(chain)
+    return ((fused, list(chain)) for fused, chain in chains)

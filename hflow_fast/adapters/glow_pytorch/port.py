@@ -127,9 +127,9 @@ def is_watched(module: nn.Module) -> bool:
     return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
 
 
-def evaluate_as_stock(owner: nn.Module, name: str, parts: list[Part], x: Tensor) -> Evaluated:
+def evaluate_as_stock(parts: list[Part], x: Tensor) -> Evaluated:
     """:func:`.._chain.evaluate`, with a log-det 0-dim, as in the ports, where it is the same for every ``x``."""
-    y, log_det = evaluate(owner, name, parts, x)
+    y, log_det = evaluate(parts, x)
     if all(isinstance(part, (Map, Shuffle)) or _is_additive(part) for part in parts):
         return y, log_det[0] if len(log_det) else log_det.sum()
     return y, log_det

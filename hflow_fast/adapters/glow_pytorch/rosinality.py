@@ -35,7 +35,7 @@ class _Layer(Port):
         return self._evaluate(output, True)[0]
 
     def _evaluate(self, x: Tensor, inverse: bool) -> Evaluated:
-        return evaluate_as_stock(self, "data" if inverse else "latent", self.parts(inverse), x)
+        return evaluate_as_stock(self.parts(inverse), x)
 
     @classmethod
     def run_trial(cls, module: nn.Module, x: Tensor) -> list[Any]:
@@ -93,9 +93,6 @@ class ActNorm(_Layer):
     def map_channels(self) -> int:
         return self.loc.numel()
 
-    def tensors(self) -> Sequence[Tensor]:
-        return self.loc, self.scale
-
     def alone(self, x: Tensor, inverse: bool) -> Evaluated:
         log_det = self.scale.abs().log().sum() * math.prod(x.shape[2:])
         y = x / self.scale - self.loc if inverse else torch.addcmul(self.scale * self.loc, self.scale, x)
@@ -132,9 +129,6 @@ class InvConv2d(_Layer):
 
     def map_channels(self) -> int:
         return self.weight.shape[0]
-
-    def tensors(self) -> Sequence[Tensor]:
-        return (self.weight,)
 
     @staticmethod
     def stacked(layers: Sequence[InvConv2d], inverse: bool) -> StackedMaps:
@@ -255,7 +249,7 @@ class Block(Port):
         return [out, log_det, log_p, z, module.reverse(previous, z), module.reverse(previous, z, reconstruct=True)]
 
     def forward(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        out, log_det = evaluate_as_stock(self, "latent", _parts_of(self.flows, False), squeezed(input, 2))
+        out, log_det = evaluate_as_stock(_parts_of(self.flows, False), squeezed(input, 2))
         if self.split:
             out, z = out.chunk(2, 1)
             return out, log_det, normal_log_prob(z, self.prior(out), _PRIOR), z
@@ -267,7 +261,7 @@ class Block(Port):
         else:
             z = coupling(eps, self.prior(output) if self.split else self._prior_of_zeros(output), _PRIOR)[0]
         z = torch.cat([output, z], 1) if self.split else z
-        return unsqueezed(evaluate(self, "data", _parts_of(self.flows, True), z)[0], 2)
+        return unsqueezed(evaluate(_parts_of(self.flows, True), z)[0], 2)
 
     def _prior_of_zeros(self, like: Tensor) -> Tensor:
         """The same for every sample, so computed for one."""

@@ -113,7 +113,7 @@ def _agree(expected: Any, got: Any) -> bool:
 
 def twin(port: type[Port], module: nn.Module, fast: bool, device: torch.device, spread: float,
          seed: int = 1) -> nn.Module:
-    """A copy to be tried, in float32 and eval mode, the stock one or the fast one; a seed gives both the same values."""
+    """A copy to be tried, in float32 and eval mode, the stock or the fast one; a seed gives both the same values."""
     generator = torch.Generator("cpu").manual_seed(seed)
     stock = stock_class(module) or type(module)
     double = object.__new__(fast_class(port, stock) if fast else stock)

@@ -33,7 +33,7 @@ class CompositeTransform(transforms.CompositeTransform):
             fused = _fusable(x, steps)
             if fused:
                 parts = [part for step, backward in fused for part in step.parts(backward, context)]
-                x, term = evaluate(self, f"{'data' if inverse else 'latent'} {len(steps)}", parts, x)
+                x, term = evaluate(parts, x)
                 steps = steps[len(fused):]
             else:
                 (step, backward), *steps = steps

@@ -15,7 +15,7 @@ from ...nn._fusion import Coupling, Evaluated, Opaque
 from ...ops import CouplingSpec, actnorm
 from .._chain import Map, Part, Shuffle, constant, evaluate, inverse_of, squeezed, unsqueezed, zeros
 from .._stacked import StackedMaps
-from .._state import is_set
+from .._state import cache_of, is_set
 
 __all__ = ["ActNorm", "AdditiveCouplingTransform", "AffineCouplingTransform", "Fused", "LULinear",
            "OneByOneConvolution", "Permutation", "RandomPermutation", "ReversePermutation", "SqueezeTransform"]
@@ -42,12 +42,12 @@ class Fused(Transform):
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> Evaluated:
         if inputs.dim() < 2 or not self.fuses(inputs.dim(), inputs.shape[1], inputs.dtype, False):
             return super().forward(inputs, context)
-        return evaluate(self, "latent", self.parts(False, context), inputs)
+        return evaluate(self.parts(False, context), inputs)
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> Evaluated:
         if inputs.dim() < 2 or not self.fuses(inputs.dim(), inputs.shape[1], inputs.dtype, True):
             return super().inverse(inputs, context)
-        return evaluate(self, "data", self.parts(True, context), inputs)
+        return evaluate(self.parts(True, context), inputs)
 
 
 class ActNorm(Fused, transforms.ActNorm):
@@ -70,9 +70,6 @@ class ActNorm(Fused, transforms.ActNorm):
     def map_channels(self) -> int:
         return self.log_scale.numel()
 
-    def tensors(self) -> Sequence[Tensor]:
-        return self.log_scale, self.shift
-
     def alone(self, x: Tensor, inverse: bool) -> Evaluated:
         return actnorm(x, self.log_scale, self.shift, inverse=inverse)
 
@@ -93,7 +90,8 @@ class ActNorm(Fused, transforms.ActNorm):
 class LULinear(Fused, transforms.LULinear):
     """z = L U x + bias, for vectors.
 
-    What depends on weights alone is kept while gradients are off, with ``using_cache`` and without, and never stale.
+    With ``using_cache``, in eval mode and while gradients are off, what is made of the weights is kept until they
+    change; nflows keeps it until the next ``train()``.
     """
 
     mixes = True
@@ -112,10 +110,18 @@ class LULinear(Fused, transforms.LULinear):
         return self.features
 
     def tensors(self) -> Sequence[Tensor]:
+        """What the map depends on."""
         return self.lower_entries, self.upper_entries, self.unconstrained_upper_diag, self.bias
 
     @classmethod
     def stacked(cls, layers: Sequence[LULinear], inverse: bool) -> StackedMaps:
+        if not all(layer.using_cache and not layer.training for layer in layers):
+            return cls._assembled(layers, inverse)
+        tensors = [tensor for layer in layers for tensor in layer.tensors()]
+        return cache_of(layers[0]).get((inverse, len(layers)), tensors, lambda: cls._assembled(layers, inverse))
+
+    @classmethod
+    def _assembled(cls, layers: Sequence[LULinear], inverse: bool) -> StackedMaps:
         first = layers[0]
         lower_entries, upper_entries, diagonal, bias = (
             torch.stack(tensors) for tensors in zip(*(layer.tensors()[:4] for layer in layers)))
