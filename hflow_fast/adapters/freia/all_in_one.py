@@ -6,14 +6,13 @@ from functools import partial
 from typing import Callable, Hashable, Sequence
 
 import torch
-import torch.nn.functional as F
 from FrEIA import modules as stock
 from torch import Tensor, nn
 
 from ...nn._fusion import ChannelMap, Coupling, Opaque, Piece
 from ...ops import CouplingSpec, actnorm, conv1x1
-from .._state import cache_of
-from .base import Evaluated, FusedLayer, evaluate, of_fixed, permute, with_conditions
+from .._networks import call_network
+from .base import Evaluated, FusedLayer, evaluate, with_conditions
 from .couplings import amplify, spec_of
 
 __all__ = ["AllInOneBlock", "surroundings"]
@@ -58,29 +57,9 @@ class AllInOneBlock(FusedLayer, stock.AllInOneBlock):
         return (self.in_channels, self.householder, self.GIN, self.reverse_pre_permute,
                 activation.__code__ if own else id(self), scale.dtype, scale.device)
 
-    def own_parameters(self) -> tuple[Tensor, ...]:
-        """What :func:`surroundings` depends on."""
-        matrices = (self.w_0, self.vk_householder) if self.householder else (self.w_perm, self.w_perm_inv)
-        return self.global_scale, self.global_offset, *matrices
-
     def mixing(self, inverse: bool) -> Callable[[Tensor], Tensor]:
         """The permutation, which need not be one of FrEIA's hard ones, as a function."""
-        orders = None
-        if not (self.w_perm.requires_grad or torch.compiler.is_compiling()):
-            orders = of_fixed(self, "orders", [self.w_perm, self.w_perm_inv], self._orders)
-        if orders is None:
-            return partial(conv1x1, weight=(self.w_perm_inv if inverse else self.w_perm).flatten(1))
-        order, back = reversed(orders) if inverse else orders
-        return partial(permute, order=order, back=back)
-
-    def _orders(self) -> tuple[Tensor, Tensor] | None:
-        """Of the channels, for the permutation and its inverse; None: it mixes them."""
-        orders = []
-        for matrix in (self.w_perm.flatten(1), self.w_perm_inv.flatten(1)):
-            orders.append(matrix.argmax(dim=1))
-            if not torch.equal(F.one_hot(orders[-1], self.in_channels).to(matrix.dtype), matrix):
-                return None
-        return orders[0], orders[1]
+        return partial(conv1x1, weight=(self.w_perm_inv if inverse else self.w_perm).flatten(1))
 
     def _spec(self) -> CouplingSpec:
         if self.GIN:
@@ -88,7 +67,7 @@ class AllInOneBlock(FusedLayer, stock.AllInOneBlock):
         return spec_of(scale_map="tanh", clamp=float(self.clamp), active="channels_ceil")
 
     def _raw(self, x: Tensor, context: Sequence[Tensor]) -> Tensor:
-        raw = self.subnet(with_conditions(self, x[:, :self.splits[0]], context))
+        raw = call_network(self.subnet, with_conditions(self, x[:, :self.splits[0]], context))
         if not self.GIN:
             return amplify(self, raw, _NETWORK_GAIN * self.clamp, _NETWORK_GAIN)
         scale, shift = (_NETWORK_GAIN * raw).chunk(2, dim=1)
@@ -105,11 +84,8 @@ def surroundings(blocks: Sequence[AllInOneBlock], inverse: bool) -> list[Surroun
     for block in blocks:
         if block.householder and block.w_perm is not None:
             block.w_perm = block.w_perm_inv = None  # left by the stock block with its graph, which nothing can copy
-    compute = _folded if blocks[0].in_channels <= _FOLDED_CHANNELS or blocks[0].householder else _in_two_passes
-    if torch.is_grad_enabled():
-        return compute(blocks, inverse)
-    parameters = [parameter for block in blocks for parameter in block.own_parameters()]
-    return cache_of(blocks[0]).get(f"{len(blocks)} {inverse}", parameters, lambda: compute(blocks, inverse))
+    folds = blocks[0].in_channels <= _FOLDED_CHANNELS or blocks[0].householder
+    return _folded(blocks, inverse) if folds else _in_two_passes(blocks, inverse)
 
 
 def _folded(blocks: Sequence[AllInOneBlock], inverse: bool) -> list[Surroundings]:
@@ -131,7 +107,7 @@ def _folded(blocks: Sequence[AllInOneBlock], inverse: bool) -> list[Surroundings
 
 
 def _in_two_passes(blocks: Sequence[AllInOneBlock], inverse: bool) -> list[Surroundings]:
-    """With many channels a hard permutation is no work for a matrix, and a fixed matrix needs no gradient."""
+    """With many channels the permutation's matrix, which is not trained, should need no gradient."""
     scale, offset = _scales(blocks), _stacked([block.global_offset for block in blocks])
     log_scale = torch.zeros_like(offset) if scale is None else scale.log()
     result: list[Surroundings] = []

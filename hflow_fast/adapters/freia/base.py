@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Hashable, Sequence, TypeVar
+from typing import Any, Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ...nn._fusion import Piece, run
-from .._state import cache_of
 
-__all__ = ["Evaluated", "FusedLayer", "evaluate", "of_fixed", "permute", "with_conditions"]
-
-T = TypeVar("T")
+__all__ = ["Evaluated", "FusedLayer", "evaluate", "permute", "with_conditions"]
 
 Evaluated = tuple[Tensor, Tensor]
 """A result and its log|det| (B,)."""
@@ -68,14 +65,6 @@ class _Constants:
             with torch.inference_mode(False), torch.no_grad():  # so that autograd can save it, whoever asks first
                 self._kept[key] = make()
         return self._kept[key]
-
-
-def of_fixed(layer: nn.Module, name: str, parameters: Sequence[Tensor], make: Callable[[], T]) -> T:
-    """``make()`` of ``parameters`` that are not trained: remembered while the model trains, too."""
-    if torch.compiler.is_compiling():
-        return make()
-    with torch.inference_mode(False), torch.no_grad():
-        return cache_of(layer).get(name, parameters, make)
 
 
 def evaluate(layer: FusedLayer, x: Tensor, inverse: bool, context: Sequence[Tensor]) -> Evaluated:

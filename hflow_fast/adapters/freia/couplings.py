@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ...nn._fusion import ChannelMap, Coupling, Opaque, Piece
 from ...ops import CouplingSpec, coupling
 from ...ops.flow_step import MAX_FUSED_CHANNELS
+from .._networks import call_network
 from .base import Evaluated, FusedLayer, evaluate, with_conditions
 
 __all__ = [
@@ -103,7 +104,7 @@ class AffineCouplingOneSided(_Clamped, stock.AffineCouplingOneSided):
         return [Coupling(lambda x: self._raw(x[:, :self.split_len1], context), self.spec(active), inverse)]
 
     def _raw(self, passive: Tensor, context: Sequence[Tensor]) -> Tensor:
-        return self.amplified(self.subnet(with_conditions(self, passive, context)))
+        return self.amplified(call_network(self.subnet, with_conditions(self, passive, context)))
 
     def _parts(self, x: Tensor, inverse: bool, context: Sequence[Tensor]) -> Evaluated:
         x1, x2 = torch.split(x, [self.split_len1, self.split_len2], dim=1)
@@ -127,7 +128,7 @@ class ConditionalAffineTransform(_Clamped, stock.ConditionalAffineTransform):
         return [Coupling(lambda x: self._raw(context), self.spec("all"), inverse)]
 
     def _raw(self, context: Sequence[Tensor]) -> Tensor:
-        return self.amplified(self.subnet(torch.cat(context, dim=1) if len(context) > 1 else context[0]))
+        return self.amplified(call_network(self.subnet, torch.cat(context, dim=1) if len(context) > 1 else context[0]))
 
 
 class _TwoSided(FusedLayer):
@@ -190,10 +191,10 @@ class GLOWCouplingBlock(_Clamped, _TwoSided, stock.GLOWCouplingBlock):
         return layer.subnet1, layer.subnet2
 
     def raw_first(self, passive: Tensor) -> Tensor:
-        return self.amplified(self.subnet2(passive))
+        return self.amplified(call_network(self.subnet2, passive))
 
     def raw_last(self, passive: Tensor) -> Tensor:
-        return self.amplified(self.subnet1(passive))
+        return self.amplified(call_network(self.subnet1, passive))
 
 
 class RNVPCouplingBlock(_Clamped, _TwoSided, stock.RNVPCouplingBlock):
@@ -204,10 +205,10 @@ class RNVPCouplingBlock(_Clamped, _TwoSided, stock.RNVPCouplingBlock):
         return layer.subnet_s1, layer.subnet_t1, layer.subnet_s2, layer.subnet_t2
 
     def raw_first(self, passive: Tensor) -> Tensor:
-        return self._join(self.subnet_s2(passive), self.subnet_t2(passive))
+        return self._join(call_network(self.subnet_s2, passive), call_network(self.subnet_t2, passive))
 
     def raw_last(self, passive: Tensor) -> Tensor:
-        return self._join(self.subnet_s1(passive), self.subnet_t1(passive))
+        return self._join(call_network(self.subnet_s1, passive), call_network(self.subnet_t1, passive))
 
     def _join(self, scale: Tensor, shift: Tensor) -> Tensor:
         factor = _scale_map(self)[1]
@@ -227,10 +228,10 @@ class NICECouplingBlock(_TwoSided, stock.NICECouplingBlock):
         return spec_of(scale_map="none", active=active)
 
     def raw_first(self, passive: Tensor) -> Tensor:
-        return self.F(passive)
+        return call_network(self.F, passive)
 
     def raw_last(self, passive: Tensor) -> Tensor:
-        return self.G(passive)
+        return call_network(self.G, passive)
 
 
 class GINCouplingBlock(_TwoSided, stock.GINCouplingBlock):
@@ -246,10 +247,10 @@ class GINCouplingBlock(_TwoSided, stock.GINCouplingBlock):
         return spec_of(scale_map="exp", active=active)
 
     def raw_first(self, passive: Tensor) -> Tensor:
-        return self._centred(self.subnet2(passive))
+        return self._centred(call_network(self.subnet2, passive))
 
     def raw_last(self, passive: Tensor) -> Tensor:
-        return self._centred(self.subnet1(passive))
+        return self._centred(call_network(self.subnet1, passive))
 
     def _centred(self, raw: Tensor) -> Tensor:
         scale, shift = raw.chunk(2, dim=1)

@@ -7,14 +7,13 @@ from functools import partial
 from typing import Sequence
 
 import torch
-import torch.nn.functional as F
 from FrEIA import modules as stock
 from torch import Tensor, nn
 
 from ...nn._fusion import ChannelMap, Opaque, Piece
 from ...ops import actnorm, conv1x1
 from ...ops.flow_step import MAX_FUSED_CHANNELS
-from .base import Evaluated, FusedLayer, of_fixed, permute
+from .base import Evaluated, FusedLayer, permute
 
 __all__ = ["ActNorm", "Fixed1x1Conv", "FixedLinearTransform", "PermuteRandom"]
 
@@ -84,8 +83,9 @@ class PermuteRandom(FusedLayer, stock.PermuteRandom):
     def pieces(self, inverse: bool, context: Sequence[Tensor], like: Tensor) -> list[Piece]:
         if self.in_channels > MAX_FUSED_CHANNELS:
             return [Opaque(partial(self._permute, inverse=inverse))]
-        order, dtype = self._orders(inverse)[0], torch.promote_types(like.dtype, torch.float32)
-        weight = of_fixed(self, f"{dtype} {inverse}", [order], lambda: F.one_hot(order, self.in_channels).to(dtype))
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        identity = self.constant("identity", like, lambda: torch.eye(self.in_channels, dtype=dtype, device=like.device))
+        weight = identity.index_select(0, self._orders(inverse)[0])
         return [ChannelMap(weight, None, weight.new_zeros(()), partial(self._permute, inverse=inverse))]
 
     def _permute(self, x: Tensor, inverse: bool) -> Evaluated:
