@@ -18,7 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["PRECISIONS", "NetworkForm", "Precision", "choose", "conv2d", "defaults", "linear", "widen"]
+__all__ = [
+    "PRECISIONS", "NetworkForm", "Precision", "choose", "conv2d", "convolution_adds_bias", "defaults", "linear", "widen",
+]
 
 Precision = Literal["fp32", "tf32", "bf16"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
@@ -85,6 +87,11 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, groups:
         bias = None if bias is None else bias.float()
         return F.conv2d(x.float(), weight.float(), bias, padding=padding, groups=groups).to(x.dtype)
     return F.conv2d(x, weight, bias, padding=padding, groups=groups)
+
+
+def convolution_adds_bias(x: Tensor) -> bool:
+    """Whether a bias costs a convolution nothing: oneDNN adds it in place, cuDNN leaves it to another pass."""
+    return x.device.type == "cpu"
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

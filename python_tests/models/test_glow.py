@@ -63,6 +63,7 @@ def test_samples_of_classes():
     assert not torch.allclose(first[0], first[1])
     drawn = model.sample(32, 0.0, torch.Generator().manual_seed(0))
     assert len(drawn.flatten(1).unique(dim=0)) == 3  # all classes occur
+    assert torch.equal(drawn, model.sample(32, 0.0, torch.Generator().manual_seed(0)))
 
 
 def test_class_changes_only_the_last_latent():

@@ -40,8 +40,8 @@ class _Latents(NamedTuple):
 class Glow(nn.Module):
     """Generative flow with invertible 1 × 1 convolutions (Kingma & Dhariwal, NeurIPS 2018).
 
-    L levels, each a squeeze and K steps (actnorm → permutation → coupling); at the end of each but the last, half of the
-    channels leave as a latent, with a prior given the other half. Likelihoods are exact. The details are those of the
+    L levels, each a squeeze and K steps (actnorm → permutation → coupling); at the end of each but the last, half of
+    the channels leave as a latent, with a prior given the other half. Likelihoods are exact. The details are those of the
     authors' implementation (openai/glow), edge biases, scales e^(3·logs) and class-conditional prior included.
 
     Several passes with the same weights share what depends on them alone inside :meth:`prepared`.
@@ -158,9 +158,9 @@ class Glow(nn.Module):
         return self.loss(x, noise, labels)
 
     def loss(self, x: Tensor, noise: bool | Noise = True, labels: Tensor | None = None) -> Tensor:
-        """The training loss: −log₂ p(x) per dimension, x as continuous values; the b bits of an integer pixel's bin come
-        on top, see :meth:`.LikelihoodBound.bits_per_dim`. With classes, p(x | label), and CLASSIFIER_WEIGHT times the
-        cross-entropy, in bits, of the label predicted from the last latent.
+        """The training loss: −log₂ p(x) per dimension, of x as continuous values; the bits of an integer pixel's bin
+        come on top, see :meth:`.LikelihoodBound.bits_per_dim`. With classes, p(x | label), and CLASSIFIER_WEIGHT times
+        the cross-entropy, in bits, of the label predicted from the last latent.
 
         In training mode the first call initialises the activation norms from ``x``.
 
@@ -227,8 +227,8 @@ class Glow(nn.Module):
         The flow computes in the latents' dtype.
 
         Raises:
-            ValueError: the number of latents or a shape is not that of :attr:`latent_shapes`; or as :meth:`loss` says of
-                labels.
+            ValueError: the number of latents or a shape is not that of :attr:`latent_shapes`; or as :meth:`loss` says
+                of labels.
         """
         self._check_latents(latents)
         labels = self._checked_labels(labels, latents[-1])
@@ -330,8 +330,8 @@ class Glow(nn.Module):
         if labels is None:
             raise ValueError(f"Glow: this model is class-conditional; give labels (B,) from 0 to {classes - 1}.")
         if labels.shape != images.shape[:1] or labels.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"Glow: labels must be integers of shape ({len(images)},), one per image; got {labels.dtype} "
-                             f"of shape {tuple(labels.shape)}.")
+            raise ValueError(f"Glow: labels must be integers of shape ({len(images)},), one per image; got "
+                             f"{labels.dtype} of shape {tuple(labels.shape)}.")
         # On a GPU, looking would wait for the device.
         if labels.device.type == "cpu" and not torch.compiler.is_compiling():
             wrong = labels[(labels < 0) | (labels >= classes)].tolist()

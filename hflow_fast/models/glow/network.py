@@ -1,7 +1,7 @@
 """The networks inside the couplings, and the convolutions of which they and the priors are made.
 
-Every convolution ends in an activation norm y = (x + bias)·e^(3·logs), whose parameters come from data, or start at zero
-behind weights that are zero. Folded into the convolution it costs nothing.
+Every convolution ends in an activation norm y = (x + bias)·e^(3·logs), whose parameters come from data, or start at
+zero behind weights that are zero. Folded into the convolution it costs nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...nn._data_init import channel_statistics
 from ...ops import bias_act
-from ..precision import conv2d
+from ..precision import conv2d, convolution_adds_bias
 from .folding import Folding
 
 __all__ = [
@@ -164,6 +164,6 @@ def on_padding(kernels: Tensor, taps: Tensor) -> Tensor:
 
 def _rectified(x: Tensor, weight: Tensor, bias: Tensor, frame: Tensor | None = None) -> Tensor:
     """A convolution and a ReLU, in place on the fresh output, which nothing else needs."""
-    if x.device.type == "cpu":  # oneDNN adds a bias at no cost, cuDNN in another pass
+    if convolution_adds_bias(x):
         return torch.relu_(convolve(x, weight, bias, frame))
     return bias_act(convolve(x, weight, None, frame), bias, activation="leaky_relu", slope=0.0)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ... import ops
 from ...ops import bias_act
-from ..precision import NetworkForm, conv2d, linear
+from ..precision import NetworkForm, conv2d, convolution_adds_bias, linear
 
 __all__ = [
     "EqualConv2d", "EqualLinear", "Equalized", "Together", "downsample", "instance_norm", "join", "merge_residual",
@@ -35,11 +35,6 @@ def _activate(x: Tensor, activation: Activation) -> Tensor:
     if activation == "leaky_relu":
         return F.leaky_relu(x, LEAKY_SLOPE, inplace=True)
     return torch.tanh_(x) if activation == "tanh" else x
-
-
-def _convolution_adds_bias(x: Tensor) -> bool:
-    """Whether a bias costs a convolution nothing: oneDNN adds it in place, cuDNN leaves it to another pass."""
-    return x.device.type == "cpu"
 
 
 class Equalized(nn.Module):
@@ -106,7 +101,7 @@ class EqualConv2d(Equalized):
         """This layer's kind of convolution, with scaled weights that are given."""
         padding = weight.shape[-1] // 2
         x = x.to(weight.dtype)
-        if _convolution_adds_bias(x):
+        if convolution_adds_bias(x):
             x = conv2d(x, weight, bias, padding, groups)
             if residual is None:
                 return _activate(x, self.activation)
