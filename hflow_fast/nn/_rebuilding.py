@@ -102,7 +102,7 @@ class Tape:
     def autocast(self) -> AbstractContextManager[None]:
         """Autocast as it was when the chain was evaluated.
 
-        Without its cache, which would bring weights that were cast with gradients off to where they are on.
+        Without its cache: weights cast with gradients off must not be found there when they are on.
         """
         if self._autocast["enabled"] or torch.is_autocast_enabled(self._autocast["device_type"]):
             return torch.autocast(**self._autocast, cache_enabled=False)
@@ -174,7 +174,7 @@ class RebuiltSegment(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor | None, grad_term: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError("Reversible has no second derivatives (create_graph=True), since it keeps no activations "
-                               "to take them at; differentiate its chain instead: reversible.chain(x).")
+                               "for them; differentiate its chain instead: reversible.chain(x).")
         segment, tape, needed = ctx.segment, ctx.tape, ctx.needs_input_grad
         segment.check()
         tape.check()
@@ -249,7 +249,8 @@ def _gradients(outputs: list[tuple[Tensor, Tensor]], sources: dict[int, list[Ten
 
 def _sample(x: Tensor) -> Tensor:
     """Some elements of every sample of ``x`` (B, …): (B, n). Odd strides visit both halves of a checkerboard."""
-    return x.detach()[(slice(None), *(slice(None, None, size // _SAMPLES | 1) for size in x.shape[1:]))].flatten(1).clone()
+    steps = (slice(None, None, size // _SAMPLES | 1) for size in x.shape[1:])
+    return x.detach()[(slice(None), *steps)].flatten(1).clone()
 
 
 def _errors(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:

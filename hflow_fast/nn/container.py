@@ -90,4 +90,4 @@ class FlowStep(nn.Module):
     def pieces(self, inverse: bool, context: Tensor | None = None) -> list[Piece]:
         """What a direction evaluates, for chains that this one is part of."""
         layers = (self.coupling, self.actnorm, self.invconv)
-        return [piece for layer in (reversed(layers) if inverse else layers) for piece in layer.pieces(inverse, context)]
+        return [piece for layer in (layers[::-1] if inverse else layers) for piece in layer.pieces(inverse, context)]

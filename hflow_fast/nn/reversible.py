@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ._fusion import ChannelMap, Coupling, LogDet, Opaque, Piece, Step, evaluate, fold_maps, is_altered, pieces_of, steps_of
+from ._folding import ChannelMap
+from ._fusion import Coupling, LogDet, Opaque, Piece, Step, evaluate, fold_maps, is_altered, pieces_of, steps_of
 from ._rebuilding import RebuiltSegment, Segment, Tape
 from .container import Sequential
 
