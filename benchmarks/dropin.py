@@ -14,7 +14,7 @@ Then both sides are timed in turn, many times:
   for which a gradient is computed. Forward and backward pass without Adam, and sampling.
 - glow: hflow_fast.models.Glow beside normflows' Glow, of equal L, K and width, training and sampling. These are two
   models: ours also has the edge bias, actnorms inside its networks and split priors that depend on the other half.
-- memory: peak of a training step at K = --memory-depth, in a process of its own, above what the imports take, and
+- memory: peak of a training step at K = --memory-depth, in a process of its own, above what libraries take, and
   above what weights, gradients and optimizer take, of steps that keep their activations and of nn.Reversible.
 """
 
@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
-import gc
 import json
 import math
 import os
@@ -292,26 +291,30 @@ def measure_memory(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def own_memory(side: str, options: argparse.Namespace) -> dict[str, float]:
-    """MiB at the peak of two training steps, above the imports, and above those and what lasts from step to step."""
+    """MiB at the peak of two training steps, above the libraries, and above those and what lasts from step to step."""
     shape = replace(options.shape, width=options.widths[0])
     on_gpu = options.device.type == "cuda"
+    train_chain(replace(shape, levels=1, depth=1, width=8, batch=1), side, options.device)  # loads what is loaded late
     before = 0.0 if on_gpu else resident("VmRSS")
-    model = Chain(shape, reversible=side == "reversible").to(options.device)
-    x = images(shape, options.device)
-    with torch.no_grad():
-        model(x)
-    # Weights, gradients and Adam's two moments.
-    lasting = 4 * sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
-    adam = torch.optim.Adam(model.parameters(), lr=1e-6)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
+    lasting = train_chain(shape, side, options.device) / 2**20
+    peak = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else resident("VmHWM") - before
+    return {"peak": peak, "activations": peak - lasting}
+
+
+def train_chain(shape: Shape, side: str, device: torch.device) -> int:
+    """Two steps of a model of its own; bytes of its weights, gradients and Adam's two moments."""
+    model = Chain(shape, reversible=side == "reversible").to(device)
+    adam = torch.optim.Adam(model.parameters(), lr=1e-6)
+    x = images(shape, device)
+    with torch.no_grad():
+        model(x)
     for _ in range(2):
         model(x).mean().backward()
         adam.step()
         adam.zero_grad(set_to_none=True)
-    gc.collect()
-    peak = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else resident("VmHWM") - before
-    return {"peak": peak, "activations": peak - lasting}
+    return 4 * sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def resident(field: str) -> float:
