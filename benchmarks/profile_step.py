@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import predict  # noqa: E402
 import vs_original  # noqa: E402
 
+from hflow_fast.bench.report import fill  # noqa: E402
 from hflow_fast.bench.results import append_csv, provenance  # noqa: E402
 from hflow_fast.models.hflow import affines, effective, layers  # noqa: E402
 
@@ -279,21 +280,6 @@ def _table(lines: Sequence[Sequence[str]], row: Mapping[str, str], more: str = "
             f"{row['torch']}, commit {row['commit']}, {row['date'][:10]}.", ""]  # fmt: skip
     text += [f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *body)]
     return "\n".join(text)
-
-
-def fill(page: str, contents: Mapping[str, str]) -> str:
-    """``page`` with what is between ``<!-- NAME -->`` and ``<!-- /NAME -->`` replaced.
-
-    Raises:
-        ValueError: The page has no such markers.
-    """
-    for name, text in contents.items():
-        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-        if page.count(begin) != 1 or page.count(end) != 1:
-            raise ValueError(f"the page must have {begin} and {end} once each")
-        before, _, rest = page.partition(begin)
-        page = f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}"
-    return page
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

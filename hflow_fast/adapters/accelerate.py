@@ -11,6 +11,7 @@ from torch import nn
 
 from .._extension import has_kernel, missing_reason
 from ._survey import Survey, wrapper_of
+from .networks import match as match_network
 from .report import AccelerationReport, LeftLayer, Match, ReplacedLayer
 
 __all__ = ["AccelerationReport", "LeftLayer", "Match", "ReplacedLayer", "accelerate", "match_exactly", "restore"]
@@ -54,16 +55,22 @@ def accelerate(model: nn.Module) -> AccelerationReport:
     adapters, left = _load_adapters()
     survey = Survey(model)
     replaced, already, changes = [], [], []
+    networks: set[int] = set()
     for name, module in model.named_modules():
         kind = _kind(stock_class(module) or type(module))
         if stock_class(module) is not None:
             already.append(ReplacedLayer(name, kind))
             continue
         match = next(filter(None, (adapter.match(module) for adapter in adapters)), None)
+        if match is None and id(module) in networks:
+            match = match_network(module)
         if match is None:
             continue
         reason = match.reason if match.fast is None else survey.obstacle(module, match)
+        networks.difference_update(map(id, module.modules()))  # a layer that stays does so with its network
         if reason is None:
+            called = set(module.children()).intersection(match.calls)
+            networks.update(id(inner) for network in called for inner in network.modules())
             replaced.append(ReplacedLayer(name, kind))
             changes.append((module, match.fast))
         else:

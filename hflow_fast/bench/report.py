@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from .results import Row
 
-__all__ = ["draw_plot", "geometric_means", "markdown", "table"]
+__all__ = ["draw_plot", "fill", "geometric_means", "markdown", "table"]
 
 _SIDES = {"eager": "plain torch", "compile": "torch.compile"}
 _WORKS = ("forward", "forward + backward")
@@ -103,6 +103,21 @@ def _markdown_table(lines: Sequence[Sequence[str]]) -> str:
     header, *body = lines
     rows = [header, ["---"] * len(header), *body]
     return "\n".join(f"| {' | '.join(line)} |" for line in rows) + "\n"
+
+
+def fill(page: str, contents: Mapping[str, str]) -> str:
+    """``page`` with what is between ``<!-- NAME -->`` and ``<!-- /NAME -->`` replaced.
+
+    Raises:
+        ValueError: The page has no such markers.
+    """
+    for name, text in contents.items():
+        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        if page.count(begin) != 1 or page.count(end) != 1:
+            raise ValueError(f"the page must have {begin} and {end} once each")
+        before, _, rest = page.partition(begin)
+        page = f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}"
+    return page
 
 
 def draw_plot(rows: Sequence[Row], path: Path) -> None:

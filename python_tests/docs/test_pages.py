@@ -21,6 +21,8 @@ from hflow_fast.cli import main
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+OPTIONAL = {"normflows", "FrEIA", "nflows"}
+"""Libraries of a test extra, without which examples that need them are skipped."""
 BLOCK = re.compile(r"(<!-- runs -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -56,9 +58,19 @@ def _anchors(page: Path) -> set[str]:
 def test_examples_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code = "\n".join(text for runs, text in _blocks(page, "python") if runs)
+    for library in _imported(code) & OPTIONAL:
+        pytest.importorskip(library)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         exec(compile(code, page.name, "exec"), {"__name__": "__main__"})
+
+
+def _imported(code: str) -> set[str]:
+    """The packages that it imports."""
+    nodes = list(ast.walk(ast.parse(code)))
+    names = [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
+    names += [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    return {name.split(".")[0] for name in names}
 
 
 def test_there_are_examples():

@@ -8,14 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._state import is_set
+from ..networks import is_reordered
 
 __all__ = ["ConvNet2d", "is_plain"]
-
-
-_COMPUTES_CHANNELS_LAST = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
-"""Whether a processor's convolutions reorder other activations to it and back. With AVX2 that is quicker still."""
-_PIXELS_WORTH_REORDERING = 512
-"""Of a whole batch: with fewer, weights take longer to reorder than activations."""
 
 
 class ConvNet2d(nf.nets.ConvNet2d):
@@ -26,7 +21,7 @@ class ConvNet2d(nf.nets.ConvNet2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) → raw parameters of a coupling."""
-        if not _is_reordered(x):
+        if not is_reordered(x):
             return self._activated(x)
         return self._activated(x.contiguous(memory_format=torch.channels_last)).contiguous()
 
@@ -59,12 +54,6 @@ def is_plain(net: nf.nets.ConvNet2d) -> bool:
     names = "".join({nn.Conv2d: "c", nn.LeakyReLU: "a", nf.utils.ActNorm: "n"}.get(kind, "?") for kind in kinds)
     return all(part in ("c", "cn") for part in names.split("a")) and all(
         layer.padding_mode == "zeros" for layer in net.net if isinstance(layer, nn.Conv2d))
-
-
-def _is_reordered(x: Tensor) -> bool:
-    return (_COMPUTES_CHANNELS_LAST and x.device.type == "cpu" and x.dtype is torch.float32 and x.dim() == 4
-            and x.shape[0] * x.shape[2] * x.shape[3] >= _PIXELS_WORTH_REORDERING
-            and not x.is_contiguous(memory_format=torch.channels_last))
 
 
 def _convolved(x: Tensor, conv: nn.Conv2d, norm: nf.flows.ActNorm) -> Tensor:
