@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._processor import CONVOLVES_CHANNELS_LAST
+
 __all__ = [
     "PRECISIONS", "NetworkForm", "Precision", "choose", "conv2d", "convolution_adds_bias", "defaults", "linear", "widen",
 ]
@@ -59,7 +61,7 @@ def defaults(device: torch.device, precision: Precision | None = None) -> tuple[
     precision = precision or ("tf32" if device.type == "cuda" else "fp32")
     if device.type == "cuda":
         return precision, precision != "fp32"
-    return precision, precision == "bf16" or torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return precision, precision == "bf16" or CONVOLVES_CHANNELS_LAST
 
 
 def choose(model: nn.Module, precision: Precision | None, channels_last: bool | None) -> tuple[Precision, NetworkForm]:

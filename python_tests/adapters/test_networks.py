@@ -26,7 +26,7 @@ def fast(module: nn.Sequential) -> nn.Sequential:
 @pytest.mark.parametrize("reordered", [False, True])
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.LeakyReLU, lambda: nn.LeakyReLU(0.0), lambda: nn.LeakyReLU(-0.5)])
 def test_outputs_and_gradients(activation, reordered, monkeypatch):
-    monkeypatch.setattr(networks, "is_reordered", lambda x: reordered)
+    monkeypatch.setattr(networks, "_is_reordered", lambda x: reordered)
     stock = net(activation).double()
     wide = torch.randn(4, 6, 8, 8, dtype=torch.float64, requires_grad=True)
     results = []
@@ -39,7 +39,7 @@ def test_outputs_and_gradients(activation, reordered, monkeypatch):
 
 
 def test_large_float32_batches_are_reordered_inside(monkeypatch):
-    monkeypatch.setattr(networks, "_COMPUTES_CHANNELS_LAST", True)
+    monkeypatch.setattr(networks, "CONVOLVES_CHANNELS_LAST", True)
     stock, seen = net(), []
     module = fast(stock)
     x = torch.randn(8, 3, 8, 8)
@@ -50,7 +50,7 @@ def test_large_float32_batches_are_reordered_inside(monkeypatch):
     module(x[:7])  # 448 pixels
     module(x.to(memory_format=torch.channels_last))
     assert seen[1].is_contiguous() and seen[2].is_contiguous(memory_format=torch.channels_last)
-    assert not networks.is_reordered(x.double()) and not networks.is_reordered(x[0])
+    assert not networks._is_reordered(x.double()) and not networks._is_reordered(x[0])
 
 
 def test_what_a_hook_keeps_is_not_overwritten():

@@ -10,14 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hflow_fast.adapters import accelerate
+from hflow_fast.adapters import accelerate, networks
 
 from .conftest import accelerated, assert_same, perturbed
 
 nf = pytest.importorskip("normflows")
 
 from hflow_fast.adapters import normflows as fast_layers  # noqa: E402
-from hflow_fast.adapters.normflows import networks  # noqa: E402
 
 IMAGE = (3, 5, 4, 6)
 EVEN = (3, 4, 4, 6)
@@ -175,7 +174,7 @@ def test_changed_networks_stay() -> None:
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("actnorm", [False, True])
 def test_network_of_many_pixels(monkeypatch, channels_last: bool, actnorm: bool) -> None:
-    monkeypatch.setattr(networks, "_COMPUTES_CHANNELS_LAST", channels_last)
+    monkeypatch.setattr(networks, "CONVOLVES_CHANNELS_LAST", channels_last)
     formats = []
     monkeypatch.setattr(nn.functional, "leaky_relu", lambda x, *options, function=nn.functional.leaky_relu, **more: (
         formats.append(x.is_contiguous()), function(x, *options, **more))[1])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...nn._fusion import ChannelMap, Coupling, Opaque, Piece
 from ...ops import CouplingSpec, actnorm, conv1x1
-from .._networks import call_network
+from ..networks import call_network
 from .base import Evaluated, FusedLayer, evaluate, with_conditions
 from .couplings import amplify, spec_of
 

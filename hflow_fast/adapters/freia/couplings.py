@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ...nn._fusion import ChannelMap, Coupling, Opaque, Piece
 from ...ops import CouplingSpec, coupling
 from ...ops.flow_step import MAX_FUSED_CHANNELS
-from .._networks import call_network
+from ..networks import call_network
 from .base import Evaluated, FusedLayer, evaluate, with_conditions
 
 __all__ = [

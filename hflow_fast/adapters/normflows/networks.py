@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._state import is_set
-from ..networks import is_reordered
+from ..networks import in_quickest_order
 
 __all__ = ["ConvNet2d", "is_plain"]
 
@@ -21,9 +21,7 @@ class ConvNet2d(nf.nets.ConvNet2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) → raw parameters of a coupling."""
-        if not is_reordered(x):
-            return self._activated(x)
-        return self._activated(x.contiguous(memory_format=torch.channels_last)).contiguous()
+        return in_quickest_order(self._activated, x)
 
     def _activated(self, x: Tensor) -> Tensor:
         folded = False

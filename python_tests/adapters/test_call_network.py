@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from hflow_fast.adapters import _networks
-from hflow_fast.adapters._networks import call_network
+from hflow_fast.adapters import networks
+from hflow_fast.adapters.networks import call_network
 
 NETWORKS = {
     "relu": lambda: nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ReLU(),
@@ -33,7 +33,7 @@ class Viewing(nn.Module):
 @pytest.mark.parametrize("reorders", [False, True], ids=["as it is", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_gives_what_the_network_gives(name, reorders, dtype, monkeypatch):
-    monkeypatch.setattr(_networks, "_REORDERS", reorders)
+    monkeypatch.setattr(networks, "CONVOLVES_CHANNELS_LAST", reorders)
     torch.manual_seed(0)
     network = NETWORKS[name]().to(dtype)
     whole = torch.randn(2, 5, 16, 16, dtype=dtype)
@@ -54,7 +54,7 @@ def test_gives_what_the_network_gives(name, reorders, dtype, monkeypatch):
 
 def test_activations_are_channels_last_where_that_is_quicker(monkeypatch):
     seen = []
-    monkeypatch.setattr(_networks, "_REORDERS", True)
+    monkeypatch.setattr(networks, "CONVOLVES_CHANNELS_LAST", True)
     monkeypatch.setattr(nn.Conv2d, "forward", lambda self, x: seen.append(x.stride()) or self._conv_forward(
         x, self.weight, self.bias))
     network = NETWORKS["relu"]()
