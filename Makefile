@@ -31,9 +31,9 @@ $(VENV)/install.stamp: $(VENV)/torch.stamp pyproject.toml setup.py $(shell find 
 	touch $@
 
 # Where CMake is installed, C++ tests: the formulas, and every CUDA kernel in the block emulator.
-# The tests' tensors are small: one thread is the fastest, on a busy machine by far.
+# The tests' tensors are small: a process per core with one thread each is the fastest, on a busy machine by far.
 test: $(VENV)/install.stamp
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest python_tests --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest python_tests --numprocesses $(MAX_JOBS) --dist loadfile --durations=10
 	if command -v cmake > /dev/null; then \
 	  cmake -S . -B build/cmake && cmake --build build/cmake --parallel $(MAX_JOBS) && \
 	  ctest --test-dir build/cmake --output-on-failure --parallel $(MAX_JOBS); \

@@ -26,7 +26,8 @@ def sample_grid(model: nn.Module, config: TrainConfig) -> Tensor:
     count, given = _ROWS * _COLUMNS, {}
     if classes := min(number_of_classes(model), _CLASSES):
         count, given = classes * _COLUMNS, {"labels": torch.arange(classes).repeat_interleave(_COLUMNS)}
-    samples = draw_samples(model, count, std=config.output.sample_base_sigma, seed=config.general.seed, **given)
+    samples = draw_samples(model, count, std=config.output.sample_base_sigma, seed=config.general.seed,
+                           bits=config.general.discretization_bits, **given)
     return image_grid(samples, _COLUMNS)
 
 
