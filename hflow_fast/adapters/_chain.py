@@ -19,8 +19,8 @@ from ..nn._folding import ChannelMap, fold, unstack
 from ..nn._fusion import Coupling, Evaluated, Opaque, Piece, run
 from ..nn._plu import compose
 
-__all__ = ["Map", "MapLayer", "Part", "Shuffle", "constant", "evaluate", "pieces", "plu", "squeezed", "unsqueezed",
-           "zeros"]
+__all__ = ["Map", "MapLayer", "Part", "Shuffle", "constant", "evaluate", "permutation", "pieces", "plu", "squeezed",
+           "unsqueezed", "zeros"]
 
 _MIXED_CHANNELS = 32
 """Up to as many channels a map is as good as free behind a coupling (:func:`hflow_fast.ops.flow_step`); with more, one
@@ -118,7 +118,7 @@ def pieces(parts: Iterable[Part], x: Tensor) -> list[Piece]:
                 found += map(_on_its_own, part)
                 continue
             if all(isinstance(link, Shuffle) for link in part):
-                found.append(_permutation(part[0].order, compute_dtype(x), x.device))
+                found.append(permutation(part[0].order, compute_dtype(x), x.device))
                 continue
         found.append(len(segments))
         segments.append(part)
@@ -239,6 +239,7 @@ def _index(order: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 @constant
-def _permutation(order: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> ChannelMap:
+def permutation(order: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> ChannelMap:
+    """A :class:`Shuffle` as a map."""
     matrix = torch.eye(len(order), dtype=dtype, device=device)[list(order)]
     return ChannelMap(matrix, None, matrix.new_zeros(()))

@@ -8,11 +8,11 @@ from typing import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
+from ._hooks import is_watched
 from .report import Match
 
 __all__ = ["Survey", "wrapper_of"]
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _METHODS = ("forward", "inverse", "reverse", "log_prob", "sample")
 _DEVICES = ("cpu", "cuda")
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -81,7 +81,7 @@ def _loaded(module: str, name: str) -> tuple[type, ...]:
 
 
 def _of_module(module: nn.Module) -> str | None:
-    if any(getattr(module, hooks) for hooks in _HOOKS):
+    if is_watched(module):
         return "has hooks, which would not be called"
     replaced = [name for name in _METHODS if name in vars(module)]
     if replaced:

@@ -69,7 +69,7 @@ class AllInOneBlock(FusedLayer, stock.AllInOneBlock):
     def _raw(self, x: Tensor, context: Sequence[Tensor]) -> Tensor:
         raw = call_network(self.subnet, with_conditions(self, x[:, :self.splits[0]], context))
         if not self.GIN:
-            return amplify(self, raw, _NETWORK_GAIN * self.clamp, _NETWORK_GAIN)
+            return amplify(raw, _NETWORK_GAIN * self.clamp, _NETWORK_GAIN)
         scale, shift = (_NETWORK_GAIN * raw).chunk(2, dim=1)
         scale = self.clamp * torch.tanh(scale)
         return torch.cat([scale - scale.mean(dim=self.sum_dims, keepdim=True), shift], dim=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Hashable, Sequence
+from typing import Any, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -43,28 +43,6 @@ class FusedLayer:
             like: A tensor of the device and dtype that the flow variable has.
         """
         raise NotImplementedError
-
-    def constant(self, key: Hashable, like: Tensor, make: Callable[[], Tensor]) -> Tensor:
-        """``make()``, which depends on nothing but ``key``, made once for each device and dtype of ``like``."""
-        if torch.compiler.is_compiling():
-            return make()
-        kept = vars(self).get("_fused_constants")
-        if kept is None:
-            kept = vars(self)["_fused_constants"] = _Constants()
-        return kept.get((key, like.device, like.dtype), make)
-
-
-class _Constants:
-    """Small tensors, outside the state of the module."""
-
-    def __init__(self) -> None:
-        self._kept: dict[Hashable, Tensor] = {}
-
-    def get(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
-        if key not in self._kept:
-            with torch.inference_mode(False), torch.no_grad():  # so that autograd can save it, whoever asks first
-                self._kept[key] = make()
-        return self._kept[key]
 
 
 def evaluate(layer: FusedLayer, x: Tensor, inverse: bool, context: Sequence[Tensor]) -> Evaluated:

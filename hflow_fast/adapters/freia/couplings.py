@@ -15,9 +15,11 @@ from FrEIA import modules as stock
 from FrEIA.modules.coupling_layers import _BaseCouplingBlock
 from torch import Tensor, nn
 
+from ..._checks import compute_dtype
 from ...nn._fusion import ChannelMap, Coupling, Opaque, Piece
 from ...ops import CouplingSpec, coupling
 from ...ops.flow_step import MAX_FUSED_CHANNELS
+from .._chain import constant, permutation
 from ..networks import call_network
 from .base import Evaluated, FusedLayer, evaluate, with_conditions
 
@@ -42,19 +44,18 @@ def active_last(active: int, channels: int) -> str | None:
     return "channels_ceil" if active == channels // 2 else None
 
 
-def amplify(layer: FusedLayer, raw: Tensor, scale: float, shift: float) -> Tensor:
+def amplify(raw: Tensor, scale: float, shift: float) -> Tensor:
     """A network's output (B, 2n, …) with its first half times ``scale`` and its second half times ``shift``."""
     if scale == shift == 1:
         return raw
-    half = raw.shape[1] // 2
+    return raw * _factors(raw.shape[1] // 2, raw.dim(), scale, shift, compute_dtype(raw), raw.device)
 
-    def make() -> Tensor:
-        factors = raw.new_full((2 * half, *(1,) * (raw.dim() - 2)), scale, dtype=dtype)
-        factors[half:] = shift
-        return factors
 
-    dtype = torch.promote_types(raw.dtype, torch.float32)
-    return raw * layer.constant((half, raw.dim(), scale, shift), raw, make)
+@constant
+def _factors(half: int, dim: int, scale: float, shift: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    factors = torch.full((2 * half, *(1,) * (dim - 2)), scale, dtype=dtype, device=device)
+    factors[half:] = shift
+    return factors
 
 
 class _Clamped(FusedLayer):
@@ -71,7 +72,7 @@ class _Clamped(FusedLayer):
 
     def amplified(self, raw: Tensor) -> Tensor:
         """A network's output, read by :meth:`spec`."""
-        return amplify(self, raw, _scale_map(self)[1], 1.0)
+        return amplify(raw, _scale_map(self)[1], 1.0)
 
 
 def _scale_map(block: _BaseCouplingBlock) -> tuple[str, float] | None:
@@ -166,10 +167,7 @@ class _TwoSided(FusedLayer):
 
     def _first_to_last(self, count: int, like: Tensor) -> ChannelMap:
         """The first ``count`` channels behind the others."""
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        weight = self.constant(("order", count, dtype), like, lambda: torch.eye(
-            self.channels, dtype=dtype, device=like.device).roll(count, dims=1))
-        return ChannelMap(weight, None, self.constant(("zero", dtype), like, lambda: weight.new_zeros(())))
+        return permutation((*range(count, self.channels), *range(count)), compute_dtype(like), like.device)
 
     def _parts(self, x: Tensor, inverse: bool, context: Sequence[Tensor]) -> Evaluated:
         x1, x2 = torch.split(x, [self.split_len1, self.split_len2], dim=1)

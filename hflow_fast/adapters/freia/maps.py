@@ -10,9 +10,11 @@ import torch
 from FrEIA import modules as stock
 from torch import Tensor, nn
 
+from ..._checks import compute_dtype
 from ...nn._fusion import ChannelMap, Opaque, Piece
 from ...ops import actnorm, conv1x1
 from ...ops.flow_step import MAX_FUSED_CHANNELS
+from .._chain import permutation
 from .base import Evaluated, FusedLayer, permute
 
 __all__ = ["ActNorm", "Fixed1x1Conv", "FixedLinearTransform", "PermuteRandom"]
@@ -83,10 +85,9 @@ class PermuteRandom(FusedLayer, stock.PermuteRandom):
     def pieces(self, inverse: bool, context: Sequence[Tensor], like: Tensor) -> list[Piece]:
         if self.in_channels > MAX_FUSED_CHANNELS:
             return [Opaque(partial(self._permute, inverse=inverse))]
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        identity = self.constant("identity", like, lambda: torch.eye(self.in_channels, dtype=dtype, device=like.device))
-        weight = identity.index_select(0, self._orders(inverse)[0])
-        return [ChannelMap(weight, None, weight.new_zeros(()), partial(self._permute, inverse=inverse))]
+        identity = permutation(tuple(range(self.in_channels)), compute_dtype(like), like.device)
+        weight = identity.weight.index_select(0, self._orders(inverse)[0])
+        return [identity._replace(weight=weight, alone=partial(self._permute, inverse=inverse))]
 
     def _permute(self, x: Tensor, inverse: bool) -> Evaluated:
         return permute(x, *self._orders(inverse)), x.new_zeros(x.shape[0])

@@ -13,7 +13,8 @@ from ...nn._folding import ChannelMap, inverted
 from ...nn._fusion import Evaluated, Opaque
 from ...ops import actnorm, lu
 from .._chain import Map, Part, Shuffle, plu, zeros
-from .port import Port, evaluate_as_stock, is_watched
+from .._hooks import is_watched
+from .port import Port, evaluate_as_stock
 
 __all__ = ["ORIGIN", "ActNorm2d", "Conv2d", "InvertibleConv1x1", "Layer", "LogDet", "Permute2d", "parts_of"]
 

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from ...nn._fusion import Coupling
 from ...ops import CouplingSpec
 from .._chain import Part, evaluate, squeezed, unsqueezed
+from .._hooks import is_watched
 from ..accelerate import stock_class
 from .chaiyujin_layers import ORIGIN, ActNorm2d, InvertibleConv1x1, Layer, LogDet, Permute2d, parts_of
-from .port import Port, evaluate_as_stock, first_convolution_inputs, is_watched, normal_log_prob
+from .port import Port, evaluate_as_stock, first_convolution_inputs, normal_log_prob
 
 __all__ = ["FlowNet", "FlowStep", "Split2d", "SqueezeLayer"]
 

@@ -14,7 +14,7 @@ from ...nn._fusion import Coupling, Evaluated
 from ...ops import CouplingSpec, coupling
 from .._chain import Map, Part, Shuffle, evaluate
 
-__all__ = ["Port", "evaluate_as_stock", "fast_class", "first_convolution_inputs", "is_watched", "normal_log_prob"]
+__all__ = ["Port", "evaluate_as_stock", "fast_class", "first_convolution_inputs", "normal_log_prob"]
 
 
 class Port(nn.Module):
@@ -120,11 +120,6 @@ def first_convolution_inputs(network: nn.Module) -> int:
     if not found:
         raise AttributeError("there is no convolution in its network")
     return found[0]
-
-
-def is_watched(module: nn.Module) -> bool:
-    """Whether hooks are to be called, which :func:`hflow_fast.accelerate` did not see."""
-    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
 
 
 def evaluate_as_stock(parts: list[Part], x: Tensor) -> Evaluated:

@@ -12,8 +12,9 @@ from ...nn._folding import ChannelMap, inverted
 from ...nn._fusion import Coupling, Evaluated, Opaque
 from ...ops import CouplingSpec, coupling, lu
 from .._chain import Map, Part, evaluate, plu, squeezed, unsqueezed, zeros
+from .._hooks import is_watched
 from .._state import is_set
-from .port import Port, evaluate_as_stock, first_convolution_inputs, is_watched, normal_log_prob
+from .port import Port, evaluate_as_stock, first_convolution_inputs, normal_log_prob
 
 __all__ = ["ActNorm", "AffineCoupling", "Block", "Flow", "InvConv2d", "InvConv2dLU"]
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._hooks import HOOKS
 from ..accelerate import stock_class
 from .port import Port, fast_class
 
@@ -23,7 +24,6 @@ __all__ = ["disagreement", "misfit"]
 
 _TOLERANCE = 1e-4
 _BATCH, _HEIGHT, _WIDTH = 2, 4, 8
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _SPREADS = (2.0, 12.0)
 """Of raw scales and shifts: one to tell formulas apart by, and one that reaches where a clamp shows."""
 _INNER_SPREAD = 1.0
@@ -118,7 +118,7 @@ def twin(port: type[Port], module: nn.Module, fast: bool, device: torch.device, 
     stock = stock_class(module) or type(module)
     double = object.__new__(fast_class(port, stock) if fast else stock)
     vars(double).update((name, value) for name, value in vars(module).items() if not name.startswith("_fused_"))
-    vars(double).update({"training": False}, **{hooks: {} for hooks in _HOOKS})
+    vars(double).update({"training": False}, **{hooks: {} for hooks in HOOKS})
     vars(double)["_parameters"] = {
         name: None if parameter is None else nn.Parameter(
             port.example(name, parameter.shape, generator).to(device, torch.float32), requires_grad=False)

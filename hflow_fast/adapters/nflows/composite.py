@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...nn._fusion import Evaluated
 from .._chain import evaluate, zeros
+from .._hooks import is_watched
 from .layers import Fused
 
 __all__ = ["CompositeTransform", "steps_of"]
@@ -77,5 +78,4 @@ def _fusable(x: Tensor, steps: list[Step]) -> list[Step]:
 
 def _is_watched(transform: Transform, inverse: bool) -> bool:
     """Whether it has hooks; ``inverse``, a method like any other, calls none."""
-    return not inverse and any((transform._forward_hooks, transform._forward_pre_hooks, transform._backward_hooks,
-                                transform._backward_pre_hooks))
+    return not inverse and is_watched(transform)
