@@ -19,8 +19,8 @@ from ..nn._folding import ChannelMap, fold, unstack
 from ..nn._fusion import Coupling, Evaluated, Opaque, Piece, run
 from ..nn._plu import compose
 
-__all__ = ["Map", "MapLayer", "Part", "Shuffle", "constant", "evaluate", "permutation", "pieces", "plu", "squeezed",
-           "unsqueezed", "zeros"]
+__all__ = ["Map", "MapLayer", "Orders", "Part", "Shuffle", "constant", "evaluate", "permutation", "pieces", "plu",
+           "squeezed", "unsqueezed", "zeros"]
 
 _MIXED_CHANNELS = 32
 """Up to as many channels a map is as good as free behind a coupling (:func:`hflow_fast.ops.flow_step`); with more, one
@@ -88,6 +88,14 @@ class Shuffle(NamedTuple):
     @property
     def kind(self) -> Hashable:
         return self.order
+
+
+class Orders:
+    """A fixed permutation and what undoes it."""
+
+    def __init__(self, order: tuple[int, ...]) -> None:
+        self.forward = Shuffle(order)
+        self.inverse = self.forward.inverted
 
 
 Part = Map | Shuffle | Coupling | Opaque

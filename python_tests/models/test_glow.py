@@ -10,6 +10,7 @@ import torch
 
 from hflow_fast.data.dequantize import to_uint8
 from hflow_fast.models import Glow
+from hflow_fast.models.glow.affines import StepAffines
 
 from .glow_oracle import CLASSES, SMALL, images, trained_like
 
@@ -212,3 +213,12 @@ def test_small_is_a_model_without_classes():
     model = Glow.from_config(SMALL | {"NUM_CLASSES": 3})
     assert model.num_classes == 0
     assert model.embedding is None
+
+
+def test_plu_matrices_are_multiplied_in_float64():
+    model = trained_like(PERMUTATION="1x1_lu")
+    found = [module for module in model.modules() if isinstance(module, StepAffines)]
+    for affines in found:
+        exact = copy.deepcopy(affines).double().matrices()[0]
+        assert torch.equal(affines.matrices()[0], exact.float())
+    assert found

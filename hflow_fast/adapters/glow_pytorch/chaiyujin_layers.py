@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...nn._folding import ChannelMap, inverted
 from ...nn._fusion import Evaluated, Opaque
 from ...ops import actnorm, lu
-from .._chain import Map, Part, Shuffle, plu, zeros
+from .._chain import Map, Orders, Part, plu, zeros
 from .._hooks import is_watched
 from .port import Port, evaluate_as_stock
 
@@ -148,14 +148,6 @@ def _triangle_names(module: nn.Module) -> tuple[str, str]:
     return ("l", "u") if hasattr(module, "l") else ("lower", "upper")
 
 
-class _Orders:
-    """The last orders of a permutation, which lie in an attribute that anything may write to."""
-
-    def __init__(self, order: tuple[int, ...]) -> None:
-        self.forward = Shuffle(order)
-        self.inverse = self.forward.inverted
-
-
 class Permute2d(Layer):
     """A fixed permutation of channels, ``forward(input, reverse=False) → output``."""
 
@@ -174,10 +166,10 @@ class Permute2d(Layer):
         return self._evaluate(input, None, reverse)[0]
 
     def parts(self, inverse: bool) -> list[Part]:
-        order = tuple(self.indices.tolist())
+        order = tuple(self.indices.tolist())  # an attribute that anything may write to
         known = vars(self).get("_fused_orders")
         if known is None or known.forward.order != order:
-            known = vars(self)["_fused_orders"] = _Orders(order)
+            known = vars(self)["_fused_orders"] = Orders(order)
         return [known.inverse if inverse else known.forward]
 
 

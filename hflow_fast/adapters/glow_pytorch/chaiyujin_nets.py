@@ -7,7 +7,6 @@ import itertools
 from types import FunctionType
 from typing import Any, Iterable, Iterator
 
-import torch
 from torch import Tensor, nn
 
 from ...nn._fusion import Coupling

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...nn._folding import ChannelMap, inverted
 from ...nn._fusion import Coupling, Evaluated, Opaque
 from ...ops import CouplingSpec, actnorm
-from .._chain import Map, Part, Shuffle, constant, evaluate, squeezed, unsqueezed, zeros
+from .._chain import Map, Orders, Part, constant, evaluate, squeezed, unsqueezed, zeros
 from .._state import cache_of, is_set
 
 __all__ = ["ActNorm", "AdditiveCouplingTransform", "AffineCouplingTransform", "Fused", "LULinear",
@@ -163,21 +163,13 @@ def _places(features: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor
     return lower.to(device), upper.to(device), torch.arange(features, device=device) * (features + 1)
 
 
-class _Plan:
-    """A fixed permutation and what undoes it, known without looking at the device."""
-
-    def __init__(self, order: Tensor) -> None:
-        self.forward = Shuffle(tuple(order.tolist()))
-        self.inverse = self.forward.inverted
-
-
 class _Ordered(Fused):
-    """A layer with a fixed permutation of channels in its buffers."""
+    """A layer with a fixed permutation of channels in its buffers, which are looked at once."""
 
-    def plan(self) -> _Plan:
+    def plan(self) -> Orders:
         found = vars(self).get("_fused_plan")
         if found is None:
-            found = vars(self)["_fused_plan"] = _Plan(self.order())
+            found = vars(self)["_fused_plan"] = Orders(tuple(self.order().tolist()))
         return found
 
     def order(self) -> Tensor:
