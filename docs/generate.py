@@ -52,6 +52,8 @@ def public_names(module: ModuleType) -> list[str]:
 def is_public(target: str) -> bool:
     """Whether the dotted name is one of a public module's ``__all__``, or of a member of one."""
     parts = target.split(".")
+    if any(part.startswith("_") for part in parts):
+        return False
     for end in range(len(parts) - 1, 0, -1):
         try:
             module = importlib.import_module(".".join(parts[:end]))

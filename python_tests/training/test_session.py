@@ -4,6 +4,7 @@ import io
 import json
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any, Callable
@@ -250,12 +251,15 @@ def test_a_failed_save_is_tried_again(
     assert len(warnings) == 2 and all(line.startswith("WARNING: ") and "tried again" in line for line in warnings)
 
 
-def test_the_log_tells_what_happened(tmp_path: Path, make_trainer: MakeTrainer) -> None:
+def test_the_log_tells_what_happened(
+    tmp_path: Path, make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["hflow-fast", "train", "--run", "my run"])
     Session(make_trainer(tmp_path / "run", STEPS=1)).run()
     Session(make_trainer(tmp_path / "run", STEPS=2, LEARNING_RATE=1e-3)).run()
     lines = [line.split(maxsplit=3)[3] for line in (tmp_path / "run" / "log.txt").read_text().splitlines()]
     path = tmp_path / "run"
-    assert lines[0].startswith("hflow_fast 0.1.0, PyTorch ") and "pytest" in lines[0]
+    assert lines[0].startswith("hflow_fast 0.1.0, PyTorch ") and lines[0].endswith(": hflow-fast train --run 'my run'")
     assert lines[1:6] == [
         f"{path}: training starts", "step 0: checkpoint saved", lines[3], "step 1: checkpoint saved, the best so far",
         "finished at step 1, saved"]
