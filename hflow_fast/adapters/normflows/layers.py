@@ -217,6 +217,7 @@ FAST_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     nf.flows.Permute: Permute,
     nf.nets.ConvNet2d: ConvNet2d,
 }
+"""From the stock class to the fast one."""
 
 
 @lru_cache
