@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from functools import lru_cache, partial
 from types import CodeType
-from typing import Sequence
+from typing import Any, Sequence
 
 import torch
 from FrEIA import modules as stock
@@ -29,12 +29,15 @@ __all__ = [
 ]  # fmt: skip
 
 
-_CLAMPS = frozenset(id(constant) for constant in _BaseCouplingBlock.__init__.__code__.co_consts
-                    if isinstance(constant, CodeType))
+_CLAMPS = frozenset(id(code) for code in _BaseCouplingBlock.__init__.__code__.co_consts
+                    if isinstance(code, CodeType))
 """The ids of the code of FrEIA's own clamps, which are functions without a name."""
 
-spec_of = lru_cache(CouplingSpec)
-"""The one spec with these options."""
+
+@lru_cache
+def spec_of(**options: Any) -> CouplingSpec:
+    """The one spec with these options."""
+    return CouplingSpec(**options)
 
 
 def active_last(active: int, channels: int) -> str | None:
