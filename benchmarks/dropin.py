@@ -83,10 +83,14 @@ def build_pair(library: str, shape: Shape, options: argparse.Namespace) -> dict[
 
 @torch.no_grad()
 def move_away(subject: Subject, x: Tensor) -> None:
-    """Weights away from zeros and identities, then actnorms initialised from data."""
+    """Weights away from zeros and identities, then actnorms initialised from data.
+
+    Wide layers move less, so that what comes out of a network moves by as much at any width, and samples stay finite.
+    """
     for parameter in subject.model.parameters():
         if parameter.requires_grad:
-            parameter.add_(0.02 * torch.randn_like(parameter))
+            inputs = math.prod(parameter.shape[1:])
+            parameter.add_(min(0.02, 0.3 / math.sqrt(inputs)) * torch.randn_like(parameter))
     subject.loss(subject.model.train(), x)
 
 
