@@ -90,7 +90,7 @@ def move_away(subject: Subject, x: Tensor) -> None:
     for parameter in subject.model.parameters():
         if parameter.requires_grad:
             inputs = math.prod(parameter.shape[1:])
-            parameter.add_(min(0.02, 0.3 / math.sqrt(inputs)) * torch.randn_like(parameter))
+            parameter.add_(min(0.02, 0.1 / math.sqrt(inputs)) * torch.randn_like(parameter))
     subject.loss(subject.model.train(), x)
 
 
@@ -329,15 +329,14 @@ def resident(field: str) -> float:
     raise SystemExit(f"dropin: the system does not report {field}; leave memory out with --parts.")
 
 
-def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
-    rows = []
+def measure(options: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """The rows of one library or part after another, so that each can be kept at once."""
     for library in options.libraries if {"training", "sampling", "flow"} & set(options.parts) else []:
-        rows += measure_library(library, options)
+        yield list(measure_library(library, options))
     if "glow" in options.parts:
-        rows += measure_glow(options)
+        yield list(measure_glow(options))
     if "memory" in options.parts:
-        rows += measure_memory(options)
-    return rows
+        yield list(measure_memory(options))
 
 
 NAMES = {"normflows": "normflows", "freia": "FrEIA", "nflows": "nflows", "glow_pytorch": "rosinality/glow-pytorch"}
@@ -444,9 +443,9 @@ def main(arguments: list[str] | None = None) -> None:
         torch.backends.cudnn.benchmark = True  # both sides have fixed shapes
         where = provenance(options.device)
         print(f"{where['device']}, {where['threads']} threads, torch {where['torch']}", flush=True)
-        rows = [each | where for each in measure(options)]
-        if not options.dry_run and rows:
-            append_csv(options.results / "dropin.csv", rows)
+        for rows in measure(options):
+            if not options.dry_run:
+                append_csv(options.results / "dropin.csv", [each | where for each in rows])
     if options.markdown is not None:
         options.markdown.write_text(fill(options.markdown.read_text(), tables(options.results / "dropin.csv")))
         print(f"wrote {options.markdown}")
