@@ -184,6 +184,7 @@ def build_glow(shape: Shape) -> Subject:
     model = Glow.from_config({"RESOLUTION": shape.resolution, "LEVELS": shape.levels, "STEPS": shape.depth,
                               "WIDTH": shape.width, "COUPLING": "affine", "PERMUTATION": "1x1_lu",
                               "EDGE_BIAS": False})  # fmt: skip
+    model.set_precision(None)  # as the trainer does
     return Subject(model, lambda model, x: model.loss(x).mean(), lambda model, count: model.sample(count, std=1.0))
 
 

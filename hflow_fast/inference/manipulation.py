@@ -5,6 +5,7 @@ Source: Kingma and Dhariwal, "Glow: Generative Flow with Invertible 1×1 Convolu
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Callable, Iterable, Sequence
 
@@ -200,7 +201,8 @@ def manipulate(
         batch_size: images at a time.
 
     Returns:
-        (S, N, 3, R, R), uint8, on the CPU.
+        (S, N, 3, R, R), uint8, on the CPU. Where latents are so far from those of images that what they decode to is
+        not finite, pixels are black, and a warning says how many images have some.
 
     Raises:
         DatasetError: the attribute was found in latents of other shapes.
@@ -209,12 +211,18 @@ def manipulate(
     if shapes != list(map(tuple, model.latent_shapes)):
         raise DatasetError(f"attribute {attribute.name!r}: of latents of shapes {shapes}, this model's are "
                            f"{list(model.latent_shapes)}; find it with this model.")
-    decode = replayed_decoder(model, to_uint8)
+    decode = replayed_decoder(model)
+    broken = 0
     changed = torch.empty(len(strengths), *images.shape, dtype=torch.uint8)
     for positions in torch.arange(len(images)).split(batch_size):
         latents = latents_of(model, images[positions], label)
         classes = label_tensors(model, label, len(positions))
         for row, strength in enumerate(strengths):
             moved = [z + strength * factor * part.to(z) for z, part in zip(latents, attribute.direction)]
-            changed[row, positions] = decode(*moved, *classes).cpu()
+            decoded = decode(*moved, *classes)
+            changed[row, positions] = to_uint8(decoded).cpu()
+            broken += int((~decoded.isfinite()).flatten(1).any(dim=1).sum())
+    if broken:
+        warnings.warn(f"attribute {attribute.name!r}: {broken} of {changed[:, :, 0, 0, 0].numel()} images have pixels "
+                      "that are not finite, shown black; take strengths nearer to 0.", RuntimeWarning, stacklevel=2)
     return changed

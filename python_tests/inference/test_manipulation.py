@@ -91,6 +91,16 @@ def test_strength_moves_along_the_direction(flow: Glow | HFlow, images: Tensor, 
     assert torch.equal(plain[0], images)
 
 
+def test_images_that_are_not_finite_are_counted(
+    flow: Glow | HFlow, images: Tensor, folders: tuple[Path, Path]
+) -> None:
+    with open_images([folders[0]], 16) as red, open_images([folders[1]], 16) as dark:
+        attribute = attribute_of_images(flow, red, dark, name="red")
+    with pytest.warns(RuntimeWarning, match=f"'red': {len(images)} of {2 * len(images)} images .* nearer to 0"):
+        changed = manipulate(flow, images, attribute, [0.0, float("inf")])
+    assert torch.equal(changed[0], images)
+
+
 def test_adding_red_makes_images_redder(glow: Glow) -> None:
     means = AttributeMeans(glow, ["red"])
     for count, red in ((20, 150), (20, 0)):
