@@ -29,7 +29,6 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -51,17 +50,17 @@ from dropin_models import (
 from torch import Tensor, nn
 
 from hflow_fast import accelerate
+from hflow_fast.bench.measure import QUANTILES
 from hflow_fast.bench.report import fill
 from hflow_fast.bench.results import append_csv, provenance
+from hflow_fast.bench.turns import quantiles, resident, time_in_turn
 
 RESULTS = Path(__file__).parent / "results" / "model"
 PAGE = Path(__file__).parents[1] / "docs" / "adapters.md"
 PARTS = ("training", "sampling", "flow", "glow", "memory")
-QUANTILES = (20, 50, 80)
 TOLERANCE = 1e-7
 """Relative, in float64: what the two may differ by."""
 SMALL = {"levels": 2, "depth": 2, "resolution": 8, "batch": 2, "widths": [8], "repeats": 2, "memory_depth": 4}
-Times = dict[str, list[float]]
 
 
 def build_pair(library: str, shape: Shape, options: argparse.Namespace) -> dict[str, Subject]:
@@ -179,36 +178,6 @@ def works_of(subject: Subject, x: Tensor, optimizer: bool) -> dict[str, Callable
     return {"training": training, "sampling": sampling}
 
 
-def clock(function: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one call, the device's work included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    begin = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - begin
-
-
-def time_in_turn(functions: Mapping[str, Callable[[], Any]], options: argparse.Namespace) -> Times:
-    """Seconds of every side, --repeats times, one after the other, after two calls to warm up."""
-    for function in functions.values():
-        for _ in range(2):
-            clock(function, options.device)
-    times: Times = {name: [] for name in functions}
-    for _ in range(options.repeats):
-        for name, function in functions.items():
-            times[name].append(clock(function, options.device))
-    return times
-
-
-def quantiles(values: Sequence[float]) -> list[float]:
-    if len(values) == 1:
-        return list(values) * len(QUANTILES)
-    hundredths = statistics.quantiles(values, n=100, method="inclusive")
-    return [hundredths[q - 1] for q in QUANTILES]
-
-
 def measure_library(library: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Rows of one library: whole models of every width, then the flow part."""
     whole = [part for part in options.parts if part in ("training", "sampling")]
@@ -240,7 +209,8 @@ def time_sides(
     functions = {name: works_of(subject, x, shape.width is not None) for name, subject in sides.items()}
     parameters = {name: sum(p.numel() for p in subject.model.parameters()) for name, subject in sides.items()}
     for work in works:
-        times = time_in_turn({name: of_side[work] for name, of_side in functions.items()}, options)
+        times = time_in_turn({name: of_side[work] for name, of_side in functions.items()}, options.device,
+                             options.repeats, warm_up=2)  # fmt: skip
         medians = {name: quantiles(values) for name, values in times.items()}
         turns = [first / other for first, other in zip(*times.values())]
         for name, values in medians.items():
@@ -319,14 +289,6 @@ def train_chain(shape: Shape, side: str, device: torch.device) -> int:
         adam.step()
         adam.zero_grad(set_to_none=True)
     return 4 * sum(p.numel() * p.element_size() for p in model.parameters())
-
-
-def resident(field: str) -> float:
-    """MiB, "VmRSS" now or "VmHWM" at the peak. Unlike getrusage's, it does not begin with the parent's."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) / 1024
-    raise SystemExit(f"dropin: the system does not report {field}; leave memory out with --parts.")
 
 
 def measure(options: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:

@@ -37,6 +37,7 @@ import vs_original  # noqa: E402
 
 from hflow_fast.bench.report import fill  # noqa: E402
 from hflow_fast.bench.results import append_csv, provenance  # noqa: E402
+from hflow_fast.bench.turns import clock  # noqa: E402
 from hflow_fast.models.hflow import affines, effective, layers  # noqa: E402
 
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
@@ -164,10 +165,10 @@ def profile_side(runner: Any, parts: Sequence[torch.Tensor], network: Any,
             moved = [part.to(device, non_blocking=True) for part in host]
         runner.training(moved)
 
-    alone = 1e3 * vs_original.clock(step, device)
+    alone = 1e3 * clock(step, device)
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     with regions(network), profile(activities=activities) as profiler:
-        wall = 1e3 * vs_original.clock(step, device)
+        wall = 1e3 * clock(step, device)
     table = categorize(profiler.events())
     table[PYTHON][0] = max(0.0, wall - sum(line[0] for category, line in table.items() if category != PYTHON))
     return table, alone, wall

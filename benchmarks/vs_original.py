@@ -31,7 +31,6 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 import types
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -42,7 +41,9 @@ import torch
 from torch import Tensor, nn
 
 from hflow_fast._replay import WARM_UP, Replay, cuda_recorder
+from hflow_fast.bench.measure import QUANTILES
 from hflow_fast.bench.results import append_csv, provenance
+from hflow_fast.bench.turns import quantiles, resident, time_in_turn
 from hflow_fast.configs import load_config
 from hflow_fast.inference.graphs import replayed
 from hflow_fast.models import HFlow, Noise
@@ -60,7 +61,6 @@ else:
     DEFAULT_MODES = ["plain", "prepared", "channels_last"]
     DEFAULT_MODES += ["bf16", "bf16+merge"] if torch.cpu._is_amx_tile_supported() else []
 WORKS = ("training", "sampling", "encoding", "memory")
-QUANTILES = (20, 50, 80)
 EMA_WEIGHT = 0.005
 TOLERANCE = 1e-6
 """Relative, in float64: what the two may differ by."""
@@ -259,36 +259,6 @@ def float64_by_default() -> Iterator[None]:
     torch.set_default_dtype(before)
 
 
-def clock(function: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one call, the device's work included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    begin = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - begin
-
-
-def time_in_turn(functions: Mapping[str, Callable[[], Any]], options: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of every side, --repeats times, one after the other, after calls to warm up."""
-    for function in functions.values():
-        for _ in range(WARM_UP + 2 if options.device.type == "cuda" else 1):
-            clock(function, options.device)
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(options.repeats):
-        for name, function in functions.items():
-            times[name].append(clock(function, options.device))
-    return times
-
-
-def quantiles(values: list[float]) -> list[float]:
-    if len(values) == 1:
-        return values * len(QUANTILES)
-    hundredths = statistics.quantiles(values, n=100, method="inclusive")
-    return [hundredths[q - 1] for q in QUANTILES]
-
-
 def peak_memory(side: str, options: argparse.Namespace) -> float:
     """MiB at the peak of two training steps of one side, in a process of its own."""
     command = [sys.executable, __file__, "--original", options.original, "--config", options.config, "--batch",
@@ -298,14 +268,6 @@ def peak_memory(side: str, options: argparse.Namespace) -> float:
     if output.returncode:
         raise SystemExit(f"vs_original: measuring the memory of {side} failed:\n{output.stderr}")
     return float(json.loads(output.stdout.splitlines()[-1]))
-
-
-def resident(field: str) -> float:
-    """MiB, "VmRSS" now or "VmHWM" at the peak. Unlike getrusage's, it does not begin with the parent's."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) / 1024
-    raise SystemExit(f"vs_original: the system does not report {field}; leave memory out with --only.")
 
 
 def own_memory(side: str, options: argparse.Namespace) -> float:
@@ -353,9 +315,9 @@ def measure(options: argparse.Namespace) -> tuple[dict[str, float], dict[str, di
             results[work] = {name: [peak_memory(name, options)] * len(QUANTILES) for name in names}
         else:
             argument = {"training": parts, "sampling": options.batch, "encoding": x}[work]
-            times = time_in_turn(
-                {name: lambda side=side: getattr(side, work)(argument) for name, side in sides.items()}, options
-            )  # fmt: skip
+            warm_up = WARM_UP + 2 if options.device.type == "cuda" else 1
+            times = time_in_turn({name: lambda side=side: getattr(side, work)(argument)
+                                  for name, side in sides.items()}, options.device, options.repeats, warm_up)  # fmt: skip
             results[work] = {name: quantiles(values) for name, values in times.items()}
         report(work, results[work])
     if options.predict:

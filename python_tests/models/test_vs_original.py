@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -64,8 +65,8 @@ def test_every_mode_does_the_same_work(script, options, monkeypatch):
 
 def test_results_are_appended(script, options, monkeypatch):
     ticks = iter(range(1000))
-    monkeypatch.setattr(script.time, "perf_counter", lambda: float(next(ticks)))
-    times = script.time_in_turn({"original": lambda: None, "prepared": lambda: None}, options)
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(ticks)))
+    times = script.time_in_turn({"original": lambda: None, "prepared": lambda: None}, options.device, 2, warm_up=1)
     assert times == {"original": [1.0, 1.0], "prepared": [1.0, 1.0]}
     results = {"training": {"original": [2.0, 4.0, 5.0], "prepared": [1.0, 1.0, 1.5]},
                "memory": {"original": [300.0] * 3, "prepared": [100.0] * 3}}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...nn._fusion import ChannelMap, Coupling, Opaque, Piece
 from ...ops import CouplingSpec, actnorm, conv1x1
 from ..networks import call_network
-from .base import Evaluated, FusedLayer, evaluate, with_conditions
+from .base import Conditioned, Evaluated, with_conditions
 from .couplings import amplify, spec_of
 
 __all__ = ["AllInOneBlock", "surroundings"]
@@ -24,22 +24,13 @@ _NETWORK_GAIN = 0.1  # FrEIA's, of the network's output
 _FOLDED_CHANNELS = 64  # beyond, a gradient for the matrix costs more than another pass over the flow variable
 
 
-class AllInOneBlock(FusedLayer, stock.AllInOneBlock):
+class AllInOneBlock(Conditioned, stock.AllInOneBlock):
     """Coupling of the last ⌊C/2⌋ channels, global affine, permutation; optionally the permutation's inverse before."""
 
     @staticmethod
     def unfit(layer: nn.Module) -> str:
         fits = layer.GIN or layer.clamp > 0
         return "" if fits else f"has affine_clamping {layer.clamp:g}; above 0 there is a kernel"
-
-    @staticmethod
-    def networks(layer: nn.Module) -> tuple[nn.Module, ...]:
-        return (layer.subnet,)
-
-    def forward(self, x: Sequence[Tensor], c: Sequence[Tensor] = (), rev: bool = False,
-                jac: bool = True) -> tuple[tuple[Tensor], Tensor]:
-        y, log_det = evaluate(self, x[0], rev, c)
-        return (y,), log_det
 
     def pieces(self, inverse: bool, context: Sequence[Tensor], like: Tensor) -> list[Piece]:
         return self.within(surroundings([self], inverse)[0], inverse, context)

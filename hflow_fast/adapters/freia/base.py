@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ...nn._fusion import Piece, run
 
-__all__ = ["Evaluated", "FusedLayer", "evaluate", "permute", "with_conditions"]
+__all__ = ["Conditioned", "Evaluated", "FusedLayer", "permute", "with_conditions"]
 
 Evaluated = tuple[Tensor, Tensor]
 """A result and its log|det| (B,)."""
@@ -45,9 +45,17 @@ class FusedLayer:
         raise NotImplementedError
 
 
-def evaluate(layer: FusedLayer, x: Tensor, inverse: bool, context: Sequence[Tensor]) -> Evaluated:
-    """A layer by itself."""
-    return run(layer.pieces(inverse, context, x), x)
+class Conditioned(FusedLayer):
+    """With one network, whose input may hold conditions."""
+
+    @staticmethod
+    def networks(layer: nn.Module) -> tuple[nn.Module, ...]:
+        return (layer.subnet,)
+
+    def forward(self, x: Sequence[Tensor], c: Sequence[Tensor] = (), rev: bool = False,
+                jac: bool = True) -> tuple[tuple[Tensor], Tensor]:
+        y, log_det = run(self.pieces(rev, c, x[0]), x[0])
+        return (y,), log_det
 
 
 def with_conditions(layer: nn.Module, passive: Tensor, context: Sequence[Tensor]) -> Tensor:

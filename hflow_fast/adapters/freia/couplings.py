@@ -21,7 +21,7 @@ from ...ops import CouplingSpec, coupling
 from ...ops.flow_step import MAX_FUSED_CHANNELS
 from .._chain import constant, permutation
 from ..networks import call_network
-from .base import Evaluated, FusedLayer, evaluate, with_conditions
+from .base import Conditioned, Evaluated, FusedLayer, with_conditions
 
 __all__ = [
     "AffineCouplingOneSided", "ConditionalAffineTransform", "GINCouplingBlock", "GLOWCouplingBlock",
@@ -89,17 +89,8 @@ def _scale_map(block: _BaseCouplingBlock) -> tuple[str, float] | None:
     return ("atan", 1.0) if "atan" in code.co_names else ("tanh", block.clamp / 2)
 
 
-class AffineCouplingOneSided(_Clamped, stock.AffineCouplingOneSided):
+class AffineCouplingOneSided(_Clamped, Conditioned, stock.AffineCouplingOneSided):
     """The last channels, by a network of the others."""
-
-    @staticmethod
-    def networks(layer: nn.Module) -> tuple[nn.Module, ...]:
-        return (layer.subnet,)
-
-    def forward(self, x: Sequence[Tensor], c: Sequence[Tensor] = (), rev: bool = False,
-                jac: bool = True) -> tuple[tuple[Tensor], Tensor]:
-        y, log_det = evaluate(self, x[0], rev, c)
-        return (y,), log_det
 
     def pieces(self, inverse: bool, context: Sequence[Tensor], like: Tensor) -> list[Piece]:
         active = active_last(self.split_len2, self.channels)
@@ -116,17 +107,8 @@ class AffineCouplingOneSided(_Clamped, stock.AffineCouplingOneSided):
         return torch.cat([x1, y2], dim=1), log_det
 
 
-class ConditionalAffineTransform(_Clamped, stock.ConditionalAffineTransform):
+class ConditionalAffineTransform(_Clamped, Conditioned, stock.ConditionalAffineTransform):
     """All channels, by a network of the conditions."""
-
-    @staticmethod
-    def networks(layer: nn.Module) -> tuple[nn.Module, ...]:
-        return (layer.subnet,)
-
-    def forward(self, x: Sequence[Tensor], c: Sequence[Tensor] = (), rev: bool = False,
-                jac: bool = True) -> tuple[tuple[Tensor], Tensor]:
-        y, log_det = evaluate(self, x[0], rev, c)
-        return (y,), log_det
 
     def pieces(self, inverse: bool, context: Sequence[Tensor], like: Tensor) -> list[Piece]:
         return [Coupling(lambda x: self._raw(context), self.spec("all"), inverse)]
