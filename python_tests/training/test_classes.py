@@ -113,7 +113,7 @@ def test_labels_make_a_difference_and_a_resume_is_exact(make: Make) -> None:
 
 def test_a_session_of_a_class_conditional_model(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Any] = []
-    monkeypatch.setattr(pictures, "draw_samples", lambda model, count, *, std, seed, labels: (
+    monkeypatch.setattr(pictures, "draw_samples", lambda model, count, *, std, seed, bits, labels: (
         drawn.append(labels.tolist()), torch.zeros(count, 3, 8, 8, dtype=torch.uint8))[1])
     monkeypatch.setattr(pictures, "reconstruct", lambda model, x, labels: (
         drawn.append(labels.tolist()), torch.zeros(2 * len(x), 3, 8, 8, dtype=torch.uint8))[1])
@@ -129,7 +129,7 @@ def test_a_session_of_a_class_conditional_model(make: Make, monkeypatch: pytest.
 
 def test_rows_of_samples_are_ten_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Tensor] = []
-    monkeypatch.setattr(pictures, "draw_samples", lambda model, count, *, std, seed, labels: (
+    monkeypatch.setattr(pictures, "draw_samples", lambda model, count, *, std, seed, bits, labels: (
         drawn.append(labels), torch.zeros(count, 3, 8, 8, dtype=torch.uint8))[1])
     config = pictures.TrainConfig.from_config(tiny_config())
     assert pictures.sample_grid(TinyClassFlow(40), config).shape == (3, 10 * 98 + 2, 8 * 98 + 2)
