@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._checks import compute_dtype
-from ..nn._folding import ChannelMap, fold, unstack
+from ..nn._folding import ChannelMap, fold, inverted, unstack
 from ..nn._fusion import Coupling, Evaluated, Opaque, Piece, run
 from ..nn._plu import compose
 
 __all__ = ["Map", "MapLayer", "Orders", "Part", "Shuffle", "constant", "evaluate", "permutation", "pieces", "plu",
-           "squeezed", "unsqueezed", "zeros"]
+           "squeezed", "undone", "unsqueezed", "zeros"]
 
 _MIXED_CHANNELS = 32
 """Up to as many channels a map is as good as free behind a coupling (:func:`hflow_fast.ops.flow_step`); with more, one
@@ -196,6 +196,12 @@ def _fold(first: ChannelMap | Shuffle, second: ChannelMap | Shuffle) -> ChannelM
 
 def _matrices(weight: Tensor) -> Tensor:
     return torch.diag_embed(weight) if weight.dim() == 2 else weight
+
+
+def undone(maps: ChannelMap, name: str) -> ChannelMap:
+    """The inverses of a stack, as :func:`~hflow_fast.nn._folding.inverted`. It warns of numerically singular matrices
+    on a CPU only: on a GPU, looking for them would stall each call."""
+    return inverted(maps, name if maps.weight.device.type == "cpu" else None)
 
 
 def plu(permutation: Tensor, lower: Tensor, upper: Tensor, sign: Tensor, log_diagonal: Tensor) -> ChannelMap:

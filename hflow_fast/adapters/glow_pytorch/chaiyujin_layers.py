@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...nn._folding import ChannelMap, inverted
+from ...nn._folding import ChannelMap
 from ...nn._fusion import Evaluated, Opaque
 from ...ops import actnorm, lu
-from .._chain import Map, Orders, Part, plu, zeros
+from .._chain import Map, Orders, Part, plu, undone, zeros
 from .._hooks import is_watched
 from .port import Port, evaluate_as_stock
 
@@ -141,7 +141,7 @@ class InvertibleConv1x1(Layer):
     def stacked(layers: Sequence[InvertibleConv1x1], inverse: bool) -> ChannelMap:
         tensors = [torch.stack(tensors) for tensors in zip(*(layer.tensors() for layer in layers))]
         maps = plu(*tensors) if len(tensors) > 1 else ChannelMap(tensors[0], None, lu(tensors[0])[0])
-        return inverted(maps, "InvertibleConv1x1") if inverse else maps
+        return undone(maps, "InvertibleConv1x1") if inverse else maps
 
 
 def _triangle_names(module: nn.Module) -> tuple[str, str]:

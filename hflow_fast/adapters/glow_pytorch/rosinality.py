@@ -8,10 +8,10 @@ from typing import Any, Hashable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ...nn._folding import ChannelMap, inverted
+from ...nn._folding import ChannelMap
 from ...nn._fusion import Coupling, Evaluated, Opaque
 from ...ops import CouplingSpec, coupling, lu
-from .._chain import Map, Part, evaluate, plu, squeezed, unsqueezed, zeros
+from .._chain import Map, Part, evaluate, plu, squeezed, undone, unsqueezed, zeros
 from .._hooks import is_watched
 from .._state import is_set
 from .port import Port, evaluate_as_stock, first_convolution_inputs, normal_log_prob
@@ -135,7 +135,7 @@ class InvConv2d(_Layer):
     def stacked(layers: Sequence[InvConv2d], inverse: bool) -> ChannelMap:
         weight = torch.stack([layer.weight for layer in layers])[..., 0, 0]
         maps = ChannelMap(weight, None, lu(weight)[0])
-        return inverted(maps, "InvConv2d") if inverse else maps
+        return undone(maps, "InvConv2d") if inverse else maps
 
 
 class InvConv2dLU(_Layer):
@@ -169,7 +169,7 @@ class InvConv2dLU(_Layer):
     @staticmethod
     def stacked(layers: Sequence[InvConv2dLU], inverse: bool) -> ChannelMap:
         maps = plu(*(torch.stack(tensors) for tensors in zip(*(layer.tensors() for layer in layers))))
-        return inverted(maps, "InvConv2dLU") if inverse else maps
+        return undone(maps, "InvConv2dLU") if inverse else maps
 
 
 class AffineCoupling(_Layer):

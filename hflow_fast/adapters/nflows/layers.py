@@ -11,10 +11,10 @@ from nflows import transforms
 from nflows.transforms.base import Transform
 from torch import Tensor
 
-from ...nn._folding import ChannelMap, inverted
+from ...nn._folding import ChannelMap
 from ...nn._fusion import Coupling, Evaluated, Opaque
 from ...ops import CouplingSpec, actnorm
-from .._chain import Map, Orders, Part, constant, evaluate, squeezed, unsqueezed, zeros
+from .._chain import Map, Orders, Part, constant, evaluate, squeezed, undone, unsqueezed, zeros
 from .._state import cache_of, is_set
 
 __all__ = ["ActNorm", "AdditiveCouplingTransform", "AffineCouplingTransform", "Fused", "LULinear",
@@ -133,7 +133,7 @@ class LULinear(Fused, transforms.LULinear):
         upper = upper.index_copy(1, upper_places, upper_entries).index_copy(1, diagonal_places, diagonal)
         weight = lower.view(-1, features, features) @ cls._permuted(upper.view(-1, features, features), layers)
         maps = ChannelMap(weight, bias, diagonal.log().sum(dim=1))
-        return inverted(maps, type(first).__name__) if inverse else maps
+        return undone(maps, type(first).__name__) if inverse else maps
 
     @staticmethod
     def _permuted(upper: Tensor, layers: Sequence[LULinear]) -> Tensor:

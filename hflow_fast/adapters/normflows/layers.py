@@ -10,10 +10,10 @@ import normflows as nf
 import torch
 from torch import Tensor, nn
 
-from ...nn._folding import ChannelMap, inverted
+from ...nn._folding import ChannelMap
 from ...nn._fusion import Coupling, Opaque
 from ...ops import CouplingSpec, actnorm, conv1x1, coupling, lu
-from .._chain import Map, Part, Shuffle, pieces, plu
+from .._chain import Map, Part, Shuffle, pieces, plu, undone
 from .._state import is_set
 from . import checkerboard
 from .chain import Fused, call, parts_of
@@ -86,9 +86,7 @@ class Invertible1x1Conv(Fused, nf.flows.Invertible1x1Conv):
         else:
             weight = torch.stack([layer.W for layer in layers])
             maps = ChannelMap(weight, None, lu(weight)[0])
-        # On a GPU, looking for singular matrices would stall each call.
-        name = "Invertible1x1Conv" if maps.weight.device.type == "cpu" else None
-        return inverted(maps, name) if inverse else maps
+        return undone(maps, "Invertible1x1Conv") if inverse else maps
 
     def _evaluate(self, z: Tensor, sampling: bool) -> tuple[Tensor, Tensor]:
         channel_map, = pieces(self.parts(z, sampling), z)
