@@ -31,7 +31,8 @@ def run(name: str, monkeypatch: pytest.MonkeyPatch, accelerated: bool = True) ->
 def checkout(monkeypatch: pytest.MonkeyPatch):
     """A checkout of rosinality/glow-pytorch, named by GLOW_PYTORCH, from which its model.py can be imported."""
     folder = os.environ.get("GLOW_PYTORCH")
-    if folder is None:
+    code = Path(folder or "", "model.py")
+    if folder is None or not code.is_file() or "class InvConv2dLU" not in code.read_text():
         pytest.skip("GLOW_PYTORCH names no checkout of rosinality/glow-pytorch")
     monkeypatch.syspath_prepend(folder)
     yield
