@@ -11,7 +11,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Callable, Hashable, Iterable, NamedTuple, Protocol, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .._checks import compute_dtype
@@ -20,7 +19,7 @@ from ..nn._fusion import Coupling, Evaluated, Opaque, Piece, run
 from ..nn._plu import compose
 
 __all__ = ["Map", "MapLayer", "Orders", "Part", "Shuffle", "constant", "evaluate", "permutation", "pieces", "plu",
-           "squeezed", "undone", "unsqueezed", "zeros"]
+           "undone", "zeros"]
 
 _MIXED_CHANNELS = 32
 """Up to as many channels a map is as good as free behind a coupling (:func:`hflow_fast.ops.flow_step`); with more, one
@@ -208,22 +207,6 @@ def plu(permutation: Tensor, lower: Tensor, upper: Tensor, sign: Tensor, log_dia
     """P times what :func:`compose` makes of the others: matrices (N, C, C), vectors (N, C)."""
     product, log_det = compose(lower, upper, sign, log_diagonal)
     return ChannelMap(permutation @ product, None, log_det)
-
-
-def squeezed(x: Tensor, factor: int) -> Tensor:
-    """(B, C, H, W) → (B, C·f², H/f, W/f), channel c·f² + dy·f + dx."""
-    if x.numel():
-        return F.pixel_unshuffle(x, factor)
-    batch, channels, height, width = x.shape  # of which torch gives an empty tensor another shape
-    return x.reshape(batch, channels * factor**2, height // factor, width // factor)
-
-
-def unsqueezed(x: Tensor, factor: int) -> Tensor:
-    """The inverse of :func:`squeezed`."""
-    if x.numel():
-        return F.pixel_shuffle(x, factor)
-    batch, channels, height, width = x.shape
-    return x.reshape(batch, channels // factor**2, height * factor, width * factor)
 
 
 def zeros(x: Tensor) -> Tensor:

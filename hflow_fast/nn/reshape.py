@@ -8,7 +8,23 @@ from torch import Tensor, nn
 from .._checks import compute_dtype
 from ..ops import haar
 
-__all__ = ["Haar", "Squeeze"]
+__all__ = ["Haar", "Squeeze", "squeezed", "unsqueezed"]
+
+
+def squeezed(x: Tensor, factor: int) -> Tensor:
+    """(B, C, H, W) → (B, C·f², H/f, W/f), channel c·f² + dy·f + dx."""
+    if x.numel():
+        return F.pixel_unshuffle(x, factor)
+    batch, channels, height, width = x.shape  # of which torch gives an empty tensor another shape
+    return x.reshape(batch, channels * factor**2, height // factor, width // factor)
+
+
+def unsqueezed(x: Tensor, factor: int) -> Tensor:
+    """The inverse of :func:`squeezed`."""
+    if x.numel():
+        return F.pixel_shuffle(x, factor)
+    batch, channels, height, width = x.shape
+    return x.reshape(batch, channels // factor**2, height * factor, width * factor)
 
 
 class Squeeze(nn.Module):
@@ -31,11 +47,11 @@ class Squeeze(nn.Module):
         if x.dim() != 4 or x.shape[-1] % self.factor or x.shape[-2] % self.factor:
             raise ValueError(f"Squeeze: x has shape {tuple(x.shape)}; it must be (B, C, H, W) with H and W multiples of "
                              f"{self.factor}.")
-        return F.pixel_unshuffle(x, self.factor), x.new_zeros(x.shape[0], dtype=compute_dtype(x))
+        return squeezed(x, self.factor), x.new_zeros(x.shape[0], dtype=compute_dtype(x))
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Latent → data and log|det| (B,). ``context`` is ignored."""
-        return F.pixel_shuffle(z, self.factor), z.new_zeros(z.shape[0], dtype=compute_dtype(z))
+        return unsqueezed(z, self.factor), z.new_zeros(z.shape[0], dtype=compute_dtype(z))
 
     def extra_repr(self) -> str:
         return str(self.factor)

@@ -250,3 +250,10 @@ def test_mistakes_are_explained():
         Squeeze()(torch.zeros(1, 3, 5, 4))
     with pytest.raises(ValueError, match="from the context"):
         AffineCoupling(nn.Identity(), CouplingSpec())(torch.zeros(1, 2, 4, 4))
+
+
+def test_squeeze_of_no_images_has_the_shape_of_others():
+    layer = Squeeze()
+    z, log_det = layer(torch.zeros(0, 3, 8, 4))
+    assert z.shape == (0, 12, 4, 2) and log_det.shape == (0,)
+    assert layer.inverse(z)[0].shape == (0, 3, 8, 4)

@@ -10,8 +10,9 @@ from typing import Any, Iterable, Iterator
 from torch import Tensor, nn
 
 from ...nn._fusion import Coupling
+from ...nn.reshape import squeezed, unsqueezed
 from ...ops import CouplingSpec
-from .._chain import Part, evaluate, squeezed, unsqueezed
+from .._chain import Part, evaluate
 from .._hooks import is_watched
 from ..accelerate import stock_class
 from .chaiyujin_layers import ORIGIN, ActNorm2d, InvertibleConv1x1, Layer, LogDet, Permute2d, parts_of

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ...nn._folding import ChannelMap
 from ...nn._fusion import Coupling, Evaluated, Opaque
+from ...nn.reshape import squeezed, unsqueezed
 from ...ops import CouplingSpec, actnorm
-from .._chain import Map, Orders, Part, constant, evaluate, squeezed, undone, unsqueezed, zeros
+from .._chain import Map, Orders, Part, constant, evaluate, undone, zeros
 from .._state import cache_of, is_set
 
 __all__ = ["ActNorm", "AdditiveCouplingTransform", "AffineCouplingTransform", "Fused", "LULinear",
