@@ -49,6 +49,10 @@ class NetworkForm(NamedTuple):
         """A tensor in this form, differentiably."""
         return tensor.to(self.dtype or tensor.dtype, memory_format=self._memory_format(tensor))
 
+    def laid_out(self, x: Tensor) -> Tensor:
+        """A flow variable (B, C, H, W) in this memory format; its dtype stays."""
+        return x.contiguous(memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
+
     def _memory_format(self, tensor: Tensor) -> torch.memory_format:
         last = self.channels_last and tensor.dim() == 4
         return torch.channels_last if last else torch.preserve_format

@@ -47,6 +47,15 @@ def test_samples_follow_the_generator_and_the_temperature():
 
 
 @torch.no_grad()
+def test_no_images():
+    model = trained_like().eval()
+    latents, log_det = model.encode(torch.zeros(0, 3, 8, 8))
+    assert [tuple(latent.shape) for latent in latents] == [(0, *shape) for shape in model.latent_shapes]
+    again, _ = model.decode(latents)
+    assert again.shape == (0, 3, 8, 8) and log_det.shape == (0,)
+
+
+@torch.no_grad()
 def test_samples_are_decoded_latents():
     model = trained_like().eval()
     samples = model.sample(3, std=1.0, generator=torch.Generator().manual_seed(3))

@@ -6,11 +6,11 @@ import math
 from functools import partial
 from typing import Any, Sequence
 
-import torch.nn.functional as F
 from FrEIA import modules as stock
 from torch import Tensor, nn
 
 from ...nn._fusion import Opaque, Piece
+from ...nn.reshape import squeezed, unsqueezed
 from ...ops import haar
 from .base import Evaluated, FusedLayer
 
@@ -69,7 +69,7 @@ class _IRevNet(FusedLayer):
 
     def _reshape(self, x: Tensor, up: bool) -> Tensor:
         if not self.legacy_backend:
-            return F.pixel_shuffle(x, 2) if up else F.pixel_unshuffle(x, 2)
+            return unsqueezed(x, 2) if up else squeezed(x, 2)
         if up:  # (B, dy, dx, C, H, W) → (B, C, H, dy, W, dx)
             return x.unflatten(1, (2, 2, -1)).permute(0, 3, 4, 1, 5, 2).flatten(4).flatten(2, 3)
         squares = x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))

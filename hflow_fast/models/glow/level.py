@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...nn._fusion import run
+from ...nn.reshape import squeezed, unsqueezed
 from ..precision import NetworkForm
 from .config import GlowConfig
 from .prior import SplitPrior
@@ -44,7 +44,7 @@ class Level(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """Data → latent, what goes on (B, C/2, R, R), and log|det| (B,)."""
-        x = self._entering(F.pixel_unshuffle(x, 2))
+        x = self.form.laid_out(squeezed(x, 2))
         if self.training and not self.steps.is_initialized:
             self.steps.initialize(x)
         pieces = self.steps.to_latent(x.dtype)
@@ -61,8 +61,5 @@ class Level(nn.Module):
         if self.prior is not None:
             latent = torch.cat([rest, latent], dim=1)
             pieces = [self.prior.coupling(inverse=False), *pieces]
-        x, log_det = run(pieces, self._entering(latent))
-        return F.pixel_shuffle(x, 2), log_det
-
-    def _entering(self, x: Tensor) -> Tensor:
-        return x.contiguous(memory_format=torch.channels_last if self.form.channels_last else torch.contiguous_format)
+        x, log_det = run(pieces, self.form.laid_out(latent))
+        return unsqueezed(x, 2), log_det
