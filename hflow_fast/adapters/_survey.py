@@ -8,7 +8,7 @@ from typing import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from ._hooks import is_watched
+from ..nn._hooks import is_watched
 from .report import Match
 
 __all__ = ["Survey", "wrapper_of"]

@@ -38,11 +38,12 @@ def encode(
     A class-conditional model encodes images under a class: that of --label, or their own where they come from a dataset
     with classes.
     """
+    from ..data.dataset import is_dataset
     from ..inference import encode_to_file
     from ..training import load_model
 
     model, config = load_model(checkpoint, average=ema, device=device, precision=precision)
-    have_own = all((path / "dataset.json").is_file() for path in images)
+    have_own = all(map(is_dataset, images))
     label = chosen_label(model, config, class_name, required=not have_own)
     out.parent.mkdir(parents=True, exist_ok=True)
     done = encode_to_file(model, images, out, part=part, label=label, batch_size=batch_size, model_name=str(checkpoint),

@@ -52,6 +52,7 @@ def _gpus() -> list[str]:
 def _presets(name: str) -> dict[str, str]:
     import torch
 
+    from ..data.classes import number_of_classes
     from ..models.building import build_model
 
     rows = {}
@@ -59,7 +60,7 @@ def _presets(name: str) -> dict[str, str]:
         with torch.device("meta"):  # shapes only: nothing is allocated
             model = build_model(preset)
         count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        classes = f", {model.num_classes} classes" if getattr(model, "num_classes", 0) else ""
+        classes = f", {number_of_classes(model)} classes" if number_of_classes(model) else ""
         rows[preset] = f"{model.resolution} × {model.resolution} pixels, {count:,} parameters{classes}"
     return rows
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ..errors import DatasetError
 from ._building import building
-from .dataset import ImageDataset, Manifest, Recipe, Skipped
+from .dataset import ImageDataset, Manifest, Recipe, Skipped, is_dataset
 from .labels import FOLDERS, Labelling, label_folders, label_table
 from .sources import SourceFile, SourceRow, fingerprint, open_source, printable
 
@@ -101,7 +101,7 @@ def create_dataset(
 def _existing(out: Path, recipe: Recipe) -> ImageDataset:
     """The dataset at ``out`` if it is the one asked for."""
     advice = "it is left as it is; choose another place"
-    if not (out / "dataset.json").is_file():
+    if not is_dataset(out):
         raise DatasetError(f"{out}: exists and is not a dataset; {advice}.")
     dataset = ImageDataset.open(out)
     asked, found = recipe.model_dump(), dataset.manifest.recipe.model_dump()

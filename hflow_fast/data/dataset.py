@@ -19,7 +19,7 @@ from ..errors import DatasetError
 from .hdf5 import is_hdf5
 from .labels import Labels
 
-__all__ = ["ImageDataset", "Images", "Manifest", "Recipe", "Skipped"]
+__all__ = ["ImageDataset", "Images", "Manifest", "Recipe", "Skipped", "is_dataset"]
 
 
 class Recipe(BaseModel):
@@ -203,12 +203,17 @@ class ImageDataset:
                 raise _damaged(self.path / "labels.npy", "its labels are not those that were written")
 
 
+def is_dataset(path: Path) -> bool:
+    """Whether there is a dataset, in whatever state, in the folder."""
+    return (path / "dataset.json").is_file()
+
+
 def _read_manifest(path: Path) -> Manifest:
     file = path / "dataset.json"
     if is_hdf5(path):
         raise DatasetError(f"{path}: an HDF5 file has no held-out images and no random access; convert it once with "
                            f"hflow-fast dataset {path} OUT --resolution R and give OUT.")
-    if not file.is_file():
+    if not is_dataset(path):
         what = "not a dataset, dataset.json is missing" if path.exists() else "no such dataset"
         raise DatasetError(f"{path}: {what}; make one with hflow-fast dataset SOURCE OUT --resolution R.")
     try:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..data import ImageDataset
+from ..data.dataset import is_dataset
 from ..data.decode import decode_image
 from ..data.sources import SourceFile, open_source
 from ..errors import DatasetError
@@ -106,7 +107,7 @@ def open_images(
         images = ImageSet()
         for path in map(Path, paths):
             before = len(images)
-            if (path / "dataset.json").is_file():
+            if is_dataset(path):
                 _add_dataset(images, path, resolution, part)
             elif path.is_dir() or zipfile.is_zipfile(path):
                 for file in stack.enter_context(open_source(path)):

@@ -21,6 +21,7 @@ from ..ops import CouplingSpec, conv1x1, coupling, flow_step
 from ..ops.flow_step import MAX_FUSED_CHANNELS
 from ._cache import ParameterCache
 from ._folding import ChannelMap, Evaluated, LazyMap, Map, fold, fold_all, is_diagonal
+from ._hooks import is_watched
 
 __all__ = ["ChannelMap", "Coupling", "LazyMap", "LogDet", "Opaque", "Piece", "Step", "apply_map", "coupling_then_map",
            "evaluate", "fold", "fold_maps", "is_altered", "per_sample", "pieces_of", "run", "steps_of"]
@@ -255,8 +256,7 @@ def _offers_pieces(kind: type) -> bool:
 def is_altered(layer: nn.Module) -> bool:
     """Whether calling the layer is more than running its class's methods."""
     return bool(
-        layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-        or "forward" in vars(layer) or "inverse" in vars(layer)
+        is_watched(layer) or "forward" in vars(layer) or "inverse" in vars(layer)
         or not torch.compiler.is_compiling() and torch_module._has_any_global_hook()
     )
 

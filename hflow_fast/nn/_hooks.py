@@ -11,5 +11,5 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether hooks are to be called, which :func:`hflow_fast.accelerate` did not see."""
+    """Whether there are hooks on the module itself."""
     return any(getattr(module, hooks) for hooks in HOOKS)

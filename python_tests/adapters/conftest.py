@@ -6,13 +6,26 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from hflow_fast import accelerate
 from hflow_fast.adapters import AccelerationReport
+from hflow_fast.nn import _fusion
 
 Call = Callable[..., Any]
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kernels that run, in order."""
+    ran: list[str] = []
+    for name in ("conv1x1", "coupling", "flow_step"):
+        function = getattr(_fusion, name)
+        monkeypatch.setattr(_fusion, name, lambda *arguments, name=name, function=function, **options: (
+            ran.append(name), function(*arguments, **options))[1])
+    return ran
 
 
 def perturbed(model: nn.Module, scale: float = 0.1, seed: int = 0) -> nn.Module:

@@ -6,12 +6,10 @@ import copy
 import io
 import pickle
 
-import pytest
 import torch
 from torch import Tensor, nn
 
 from hflow_fast.adapters import accelerate, restore
-from hflow_fast.nn import _fusion
 
 from . import chaiyujin_stand_in
 from .conftest import assert_same, perturbed
@@ -142,17 +140,6 @@ def test_a_copy_that_uses_the_layers_of_another_model_stays() -> None:
     assert "" in [layer.name for layer in accelerate(step).replaced]
     for got, value in zip(step(x, 0.0), expected):
         torch.testing.assert_close(got, value, rtol=1e-4, atol=1e-4)
-
-
-@pytest.fixture
-def passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The kernels that run, in order."""
-    ran: list[str] = []
-    for name in ("conv1x1", "coupling", "flow_step"):
-        function = getattr(_fusion, name)
-        monkeypatch.setattr(_fusion, name, lambda *arguments, name=name, function=function, **options: (
-            ran.append(name), function(*arguments, **options))[1])
-    return ran
 
 
 @each_port

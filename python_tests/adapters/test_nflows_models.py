@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from hflow_fast.adapters import accelerate, restore
-from hflow_fast.nn import _fusion
 
 from .conftest import accelerated, assert_same, perturbed
 
@@ -179,17 +178,6 @@ def test_training_goes_on_and_its_state_fits_the_stock_model(name: str) -> None:
         other.load_state_dict(torch.load(saved))
         torch.testing.assert_close(other.log_prob(*inputs), expected, rtol=1e-4, atol=1e-3)
         torch.testing.assert_close(copy.deepcopy(fast).log_prob(*inputs), expected)
-
-
-@pytest.fixture
-def passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The kernels that run, in order."""
-    ran: list[str] = []
-    for name in ("conv1x1", "coupling", "flow_step"):
-        function = getattr(_fusion, name)
-        monkeypatch.setattr(_fusion, name, lambda *arguments, name=name, function=function, **options: (
-            ran.append(name), function(*arguments, **options))[1])
-    return ran
 
 
 @pytest.mark.parametrize("name", ["glow", "glow-flat-alternating"])

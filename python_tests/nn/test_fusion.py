@@ -511,13 +511,6 @@ def test_slices_and_names():
     assert not [name for name in chain.state_dict() if "cache" in name]
 
 
-@pytest.fixture
-def process_group():
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 def test_distributed_data_parallel_sees_all_gradients(process_group):
     chain, x, _ = build(CHAINS[0], torch.float32)
     expected = results(together, chain, x, None, False)[3:]

@@ -551,13 +551,6 @@ def test_copies(duplicate):
     assert list(other.state_dict()) == [f"chain.{name}" for name in chain.state_dict()]
 
 
-@pytest.fixture
-def process_group():
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 def test_distributed_data_parallel(process_group):
     chain, x, _ = build(BY_NAME["glow"])
     expected = results(chain, x)[3:]

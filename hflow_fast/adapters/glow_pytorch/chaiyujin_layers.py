@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ...nn._folding import ChannelMap
 from ...nn._fusion import Evaluated, Opaque
+from ...nn._hooks import is_watched
 from ...ops import actnorm, lu
 from .._chain import Map, Orders, Part, plu, undone, zeros
-from .._hooks import is_watched
 from .port import Port, evaluate_as_stock
 
 __all__ = ["ORIGIN", "ActNorm2d", "Conv2d", "InvertibleConv1x1", "Layer", "LogDet", "Permute2d", "parts_of"]

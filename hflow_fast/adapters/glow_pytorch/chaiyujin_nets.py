@@ -10,10 +10,10 @@ from typing import Any, Iterable, Iterator
 from torch import Tensor, nn
 
 from ...nn._fusion import Coupling
+from ...nn._hooks import is_watched
 from ...nn.reshape import squeezed, unsqueezed
 from ...ops import CouplingSpec
 from .._chain import Part, evaluate
-from .._hooks import is_watched
 from ..accelerate import stock_class
 from .chaiyujin_layers import ORIGIN, ActNorm2d, InvertibleConv1x1, Layer, LogDet, Permute2d, parts_of
 from .port import Port, evaluate_as_stock, first_convolution_inputs, normal_log_prob

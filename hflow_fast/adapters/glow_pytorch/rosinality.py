@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from ...nn._folding import ChannelMap
 from ...nn._fusion import Coupling, Evaluated, Opaque
+from ...nn._hooks import is_watched
 from ...nn.reshape import squeezed, unsqueezed
 from ...ops import CouplingSpec, coupling, lu
 from .._chain import Map, Part, evaluate, plu, undone, zeros
-from .._hooks import is_watched
 from .._state import is_set
 from .port import Port, evaluate_as_stock, first_convolution_inputs, normal_log_prob
 

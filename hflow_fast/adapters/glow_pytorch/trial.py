@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._hooks import HOOKS
+from ...nn._hooks import HOOKS
 from ..accelerate import stock_class
 from .port import Port, fast_class
 

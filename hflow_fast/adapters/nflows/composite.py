@@ -11,8 +11,8 @@ from nflows.transforms.base import Transform
 from torch import Tensor
 
 from ...nn._fusion import Evaluated
+from ...nn._hooks import is_watched
 from .._chain import evaluate, zeros
-from .._hooks import is_watched
 from .layers import Fused
 
 __all__ = ["CompositeTransform", "steps_of"]

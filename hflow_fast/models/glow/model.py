@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...ops import coupling
+from .._inputs import check_images, check_latents, random_latents
 from ..bound import LevelTerms, LikelihoodBound, gaussian_log_prob
 from ..precision import Precision, choose
 from .config import GlowConfig
@@ -179,7 +180,7 @@ class Glow(nn.Module):
 
     def bound(self, x: Tensor, noise: bool | Noise = True, labels: Tensor | None = None) -> LikelihoodBound:
         """The likelihood behind :meth:`loss`, with every level's terms; arguments as there."""
-        self._check_images(x)
+        check_images(self, x)
         labels = self._checked_labels(labels, x)
         latents = self._to_latents(x, labels)
         terms = {}
@@ -203,7 +204,7 @@ class Glow(nn.Module):
             of them, so that log p(x) = log|det| + Σ log N(latent; 0, 1). Both are float64 in the precisions "tf32" and
             "bf16": rounded to float32, latents give an image with noise of the networks' size.
         """
-        self._check_images(x)
+        check_images(self, x)
         labels = self._checked_labels(labels, x)
         latents = self._to_latents(x if self.precision == "fp32" else x.double(), labels)
         return [latent.contiguous() for latent in latents.standard], torch.stack(latents.log_dets).sum(dim=0)
@@ -230,7 +231,7 @@ class Glow(nn.Module):
             ValueError: the number of latents or a shape is not that of :attr:`latent_shapes`; or as :meth:`loss` says
                 of labels.
         """
-        self._check_latents(latents)
+        check_latents(self, latents)
         labels = self._checked_labels(labels, latents[-1])
         *finer, latent = latents
         terms = []
@@ -272,12 +273,10 @@ class Glow(nn.Module):
         """
         if n < 0:
             raise ValueError(f"sample: n must not be negative, got {n}.")
-        parameter = next(self.parameters())
         if labels is None and self.num_classes:
-            labels = torch.randint(self.num_classes, (n,), generator=generator, device=parameter.device)
-        latents = [torch.randn(n, *shape, generator=generator, device=parameter.device, dtype=parameter.dtype) * scale
-                   for shape, scale in zip(self.latent_shapes, self.latent_stds(std))]
-        return self.decode(latents, labels)[0]
+            device = next(self.parameters()).device
+            labels = torch.randint(self.num_classes, (n,), generator=generator, device=device)
+        return self.decode(random_latents(self, n, std, generator), labels)[0]
 
     @torch.no_grad()
     def initialize(self, x: Tensor, labels: Tensor | None = None) -> None:
@@ -289,7 +288,7 @@ class Glow(nn.Module):
         Args:
             labels: without effect.
         """
-        self._check_images(x)
+        check_images(self, x)
         if not self.is_initialized:
             training = self.training
             self.train()
@@ -308,17 +307,6 @@ class Glow(nn.Module):
             of_class = self.embedding(labels)
             raw = of_class if raw is None else raw + of_class
         return None if raw is None else raw.expand(len(z), -1, *z.shape[2:])
-
-    def _check_images(self, x: Tensor) -> None:
-        if x.dim() != 4 or tuple(x.shape[1:]) != (3, self.resolution, self.resolution):
-            raise ValueError(f"Glow: x has shape {tuple(x.shape)}; this model takes (B, 3, {self.resolution}, "
-                             f"{self.resolution}). Resize the images or choose another configuration.")
-
-    def _check_latents(self, latents: Sequence[Tensor]) -> None:
-        shapes = [tuple(latent.shape[1:]) for latent in latents]
-        if shapes != self.latent_shapes:
-            raise ValueError(f"Glow.decode: latents have shapes {shapes} after the batch; this model's are "
-                             f"{self.latent_shapes}, finest level first.")
 
     def _checked_labels(self, labels: Tensor | None, images: Tensor) -> Tensor | None:
         """The labels where the images are."""

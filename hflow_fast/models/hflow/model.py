@@ -9,8 +9,9 @@ from typing import Any, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from .._inputs import check_images, check_latents, random_latents
 from ..bound import LikelihoodBound
-from ..precision import Precision, choose
+from ..precision import NetworkForm, Precision, choose
 from .architecture import read_levels
 from .config import HFlowConfig
 from .decoder import CodeDecoder
@@ -63,7 +64,7 @@ class HFlow(nn.Module):
         self.endblock = Endblock(endblock)
         self._weights = EffectiveWeights(self)
         self._precision: Precision = "fp32"
-        self._channels_last = False
+        self._form = NetworkForm()
 
     @classmethod
     def from_config(cls, source: str | os.PathLike[str] | Mapping[str, Any] | HFlowConfig) -> HFlow:
@@ -130,9 +131,8 @@ class HFlow(nn.Module):
         Returns:
             The model.
         """
-        self._precision, form = choose(self, precision, channels_last)
-        self._channels_last = form.channels_last
-        self._weights.take_form(form)
+        self._precision, self._form = choose(self, precision, channels_last)
+        self._weights.take_form(self._form)
         return self
 
     def prepared(self) -> AbstractContextManager[None]:
@@ -170,12 +170,12 @@ class HFlow(nn.Module):
         Args:
             x: (B, 3, R, R) in [-0.5, 0.5].
         """
-        self._check_images(x)
+        check_images(self, x)
         with self._weights.kept():
             return self._targets(x)
 
     def _targets(self, x: Tensor) -> list[Tensor]:
-        features = self._entering(x) * PIXEL_SCALE
+        features = self._form.laid_out(x) * PIXEL_SCALE
         targets: list[Tensor | None] = [features]
         for level in self.levels:
             target, features = level.encoder(features)
@@ -203,7 +203,7 @@ class HFlow(nn.Module):
 
     def bound(self, x: Tensor, noise: bool | Noise = True) -> LikelihoodBound:
         """The bound behind :meth:`loss`, with every level's terms; arguments as there."""
-        self._check_images(x)
+        check_images(self, x)
         noise = noise if isinstance(noise, Noise) else Noise(sample=noise)
         noise.check(len(x))
         self._weights.collect()
@@ -231,7 +231,7 @@ class HFlow(nn.Module):
             flows, without the constant scaling of pixels: minus that of :meth:`decode`. Both are float64 in the
             precisions "tf32" and "bf16": rounded to float32, latents give an image with noise of the networks' size.
         """
-        self._check_images(x)
+        check_images(self, x)
         with self._weights.kept():
             return self._encode(x)
 
@@ -258,12 +258,12 @@ class HFlow(nn.Module):
         Raises:
             ValueError: the number of latents or a shape is not that of :attr:`latent_shapes`.
         """
-        self._check_latents(latents)
+        check_latents(self, latents)
         with self._weights.kept():
             return self._decode(latents)
 
     def _decode(self, latents: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        *latents, code = map(self._entering, latents)
+        *latents, code = map(self._form.laid_out, latents)
         below, log_det = self.endblock.decode(code)
         below, style = self._condition(below)
         skip = None
@@ -301,11 +301,7 @@ class HFlow(nn.Module):
         """
         if n < 0:
             raise ValueError(f"sample: n must not be negative, got {n}.")
-        parameter = next(self.parameters())
-        stds = self.latent_stds(std)
-        latents = [torch.randn(n, *shape, generator=generator, device=parameter.device, dtype=parameter.dtype) * scale
-                   for shape, scale in zip(self.latent_shapes, stds)]
-        return self.decode(latents)[0]
+        return self.decode(random_latents(self, n, std, generator))[0]
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
@@ -334,22 +330,8 @@ class HFlow(nn.Module):
     def _condition(self, code: Tensor) -> tuple[Tensor, Tensor | None]:
         """The canvas below the lowest level (B, C, 4, 4), and the style (B, S)."""
         style = None if self.style is None else self.style(code * self.endblock.style_mask)
-        return self._entering(self.code_decoder(self.code_projection(code * self.endblock.base_mask))), style
-
-    def _entering(self, x: Tensor) -> Tensor:
-        """An image or latent (B, C, H, W) in the memory format of the features."""
-        return x.contiguous(memory_format=torch.channels_last if self._channels_last else torch.contiguous_format)
-
-    def _check_images(self, x: Tensor) -> None:
-        if x.dim() != 4 or tuple(x.shape[1:]) != (3, self.resolution, self.resolution):
-            raise ValueError(f"HFlow: x has shape {tuple(x.shape)}; this model takes (B, 3, {self.resolution}, "
-                             f"{self.resolution}). Resize the images or choose another configuration.")
-
-    def _check_latents(self, latents: Sequence[Tensor]) -> None:
-        shapes = [tuple(latent.shape[1:]) for latent in latents]
-        if shapes != self.latent_shapes:
-            raise ValueError(f"HFlow.decode: latents have shapes {shapes} after the batch; this model's are "
-                             f"{self.latent_shapes}, finest level first.")
+        canvas = self.code_decoder(self.code_projection(code * self.endblock.base_mask))
+        return self._form.laid_out(canvas), style
 
 
 def _group(name: str) -> str:
