@@ -21,12 +21,10 @@ Then both sides are timed in turn, many times:
 from __future__ import annotations
 
 import argparse
-import contextlib
 import csv
 import json
 import math
 import os
-import statistics
 import subprocess
 import sys
 import warnings
@@ -47,9 +45,16 @@ from dropin_models import (
     take_networks_out,
     version_of,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
 from hflow_fast import accelerate
+from hflow_fast.bench.agreement import (
+    float64_by_default,
+    relative,
+    smooth_images,
+    typical_norm,
+    worst_gradient,
+)
 from hflow_fast.bench.measure import QUANTILES
 from hflow_fast.bench.report import fill
 from hflow_fast.bench.results import append_csv, provenance
@@ -100,9 +105,7 @@ def describe(shape: Shape) -> str:
 
 def images(shape: Shape, device: torch.device) -> Tensor:
     """Smooth random images in [-0.5, 0.5]."""
-    coarse = torch.rand(shape.batch, 3, shape.resolution // 4, shape.resolution // 4, device=device)
-    x = nn.functional.interpolate(coarse, scale_factor=4, mode="bilinear")
-    return x - 0.5 + 0.02 * (torch.rand_like(x) - 0.5)
+    return smooth_images(shape.batch, shape.resolution, 4, device)
 
 
 def compare(sides: Mapping[str, Subject], x: Tensor, seed: int) -> dict[str, float]:
@@ -128,35 +131,13 @@ def compare(sides: Mapping[str, Subject], x: Tensor, seed: int) -> dict[str, flo
     result = {"loss": relative(losses[1], losses[0]), "sample": relative(samples[1], samples[0])}
     if gradients[0].keys() != gradients[1].keys():
         raise SystemExit(f"dropin: gradients of one side only: {sorted(gradients[0].keys() ^ gradients[1].keys())}")
-    # Gradients of parameters without effect, such as a bias before a norm, are rounding: beside typical ones nothing.
-    typical = statistics.median(float(gradient.norm()) for gradient in gradients[0].values())
-    differences = {name: relative(gradients[1][name], gradient, 1e-3 * typical)
-                   for name, gradient in gradients[0].items()}  # fmt: skip
-    worst = max(differences, key=differences.get)
-    result["gradient"] = differences[worst]
+    worst, result["gradient"] = worst_gradient(gradients[1], gradients[0], typical_norm(gradients[0].values()))
     if not max(result.values()) <= TOLERANCE:
         raise SystemExit("dropin: the two differ: losses by {loss:.2g}, samples by {sample:.2g}, the gradient of "
                          "{worst} by {gradient:.2g}; times of different functions say nothing.".format(
                              worst=worst, **result))  # fmt: skip
     print("agree: losses to {loss:.1e}, samples to {sample:.1e}, every gradient to {gradient:.1e}".format(**result))
     return result
-
-
-def relative(value: Tensor, expected: Tensor, least: float = 0.0) -> float:
-    """Infinite where either is not finite: comparisons pass over NaN."""
-    difference = float((value - expected).norm() / expected.norm().clamp_min(max(least, 1e-300)))
-    return difference if math.isfinite(difference) else math.inf
-
-
-@contextlib.contextmanager
-def float64_by_default() -> Iterator[None]:
-    """Some libraries make tensors without naming a type."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def works_of(subject: Subject, x: Tensor, optimizer: bool) -> dict[str, Callable[[], Any]]:

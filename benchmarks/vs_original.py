@@ -28,11 +28,10 @@ import copy
 import gc
 import importlib
 import json
-import statistics
 import subprocess
 import sys
 import types
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -41,6 +40,12 @@ import torch
 from torch import Tensor, nn
 
 from hflow_fast._replay import WARM_UP, Replay, cuda_recorder
+from hflow_fast.bench.agreement import (
+    float64_by_default,
+    smooth_images,
+    typical_norm,
+    worst_gradient,
+)
 from hflow_fast.bench.measure import QUANTILES
 from hflow_fast.bench.results import append_csv, provenance
 from hflow_fast.bench.turns import quantiles, resident, time_in_turn
@@ -209,9 +214,7 @@ def build_pair(options: argparse.Namespace) -> tuple[Original, HFlow]:
 def images(options: argparse.Namespace, count: int) -> Tensor:
     """Smooth random images in [-0.5, 0.5]."""
     resolution = options.settings["MODEL_PARAMETERS"]["RESOLUTIONS"][0]
-    coarse = torch.rand(count, 3, resolution // 8, resolution // 8, device=options.device)
-    x = nn.functional.interpolate(coarse, scale_factor=8, mode="bilinear")
-    return x - 0.5 + 0.02 * (torch.rand_like(x) - 0.5)
+    return smooth_images(count, resolution, 8, options.device)
 
 
 def compare(original: Original, model: HFlow, x: Tensor) -> dict[str, float]:
@@ -229,17 +232,12 @@ def compare(original: Original, model: HFlow, x: Tensor) -> dict[str, float]:
             losses[1].mean().backward()
     gradients = {name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                  for name, parameter in theirs.named_parameters()}  # fmt: skip
-    # Gradients of parameters without effect, such as a bias before a norm, are rounding: beside typical ones nothing.
-    typical = statistics.median(float(gradient.norm()) for gradient in gradients.values())
-    differences = {}
-    for name, sources in original_names(mine).items():
-        sources = [sources] if isinstance(sources, str) else sources
-        expected = torch.stack([gradients[source] for source in sources]).flatten()
-        difference = mine.get_parameter(name).grad.flatten() - expected
-        differences[name] = float(difference.norm()) / max(float(expected.norm()), 1e-3 * typical)
-    worst = max(differences, key=differences.get)
+    expected = {name: torch.stack([gradients[source] for source in ([sources] if isinstance(sources, str) else sources)])
+                for name, sources in original_names(mine).items()}  # fmt: skip
+    found = {name: mine.get_parameter(name).grad.view_as(gradient) for name, gradient in expected.items()}
+    worst, difference = worst_gradient(found, expected, typical_norm(gradients.values()))
     theirs, mine = (loss.detach() for loss in losses)
-    result = {"loss": float(((mine - theirs).abs() / theirs.abs()).max()), "gradient": differences[worst]}
+    result = {"loss": float(((mine - theirs).abs() / theirs.abs()).max()), "gradient": difference}
     if not max(result.values()) <= TOLERANCE:
         raise SystemExit(f"vs_original: the two differ: losses by {result['loss']:.2g}, the gradient of {worst} by "
                          f"{result['gradient']:.2g}; times of different functions say nothing.")
@@ -248,15 +246,6 @@ def compare(original: Original, model: HFlow, x: Tensor) -> dict[str, float]:
 
 def zero_noise() -> Any:
     return mock.patch.object(torch, "randn_like", torch.zeros_like)
-
-
-@contextlib.contextmanager
-def float64_by_default() -> Iterator[None]:
-    """The original makes some of its constants without naming a type."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
 
 
 def peak_memory(side: str, options: argparse.Namespace) -> float:
