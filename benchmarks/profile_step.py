@@ -1,4 +1,4 @@
-"""Where the time of one training step of HFlow goes: the original's, ours plain, and ours with ``model.prepared()``.
+"""Where the time of one training step of HFlow goes: the original's, ours plain, prepared, and in channels_last.
 
 python benchmarks/profile_step.py --original DIR [--config A-128] [--batch 4] [--groups 2] [--markdown [PAGE]]
 python benchmarks/profile_step.py --no-run --markdown      the page again, from the results there are
@@ -41,7 +41,7 @@ from hflow_fast.bench.turns import clock  # noqa: E402
 from hflow_fast.models.hflow import affines, effective, layers  # noqa: E402
 
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
-SIDES = ("original", "plain", "prepared")
+SIDES = ("original", "plain", "prepared", "channels_last")
 BACKWARD = "autograd::engine::evaluate_function: "
 REGION = "in "
 """Prefix of what :func:`regions` records."""
@@ -65,6 +65,7 @@ _BY_NAME = {
 _BY_PREFIX = {
     "aten::convolution_backward": CONVOLUTION_BACKWARD, "aten::conv": CONVOLUTION, "aten::linear": CONVOLUTION,
     "aten::addmm": CONVOLUTION, "aten::leaky_relu": ACTIVATION, "aten::tanh": ACTIVATION, "aten::lerp": OPTIMIZER,
+    "hflow_fast::conv3x3_bwd": CONVOLUTION_BACKWARD, "hflow_fast::conv3x3": CONVOLUTION,
     "hflow_fast::bias_act": ACTIVATION, "hflow_fast::instance_norm": NORM, "hflow_fast::resample": RESAMPLE,
     "hflow_fast::lu": MAPS, "hflow_fast::": FLOW, "aten::linalg_": MAPS, "aten::_linalg_": MAPS,
     "Optimizer.": OPTIMIZER,
@@ -185,7 +186,8 @@ def run(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     end = provenance(options.device)
     files: dict[str, list[dict[str, Any]]] = defaultdict(list)
     images = vs_original.images(options, options.batch)
-    works, operations = predict.works_of(runners, images, options.step_groups)
+    counted = {name: runner for name, runner in runners.items() if name != "channels_last"}  # has a processor's kernels
+    works, operations = predict.works_of(counted, images, options.step_groups)
     for name, counts in operations.items():
         files["operations"] += [common | {"side": name, "part": part, "operations": number} | end
                                 for part, number in counts.items()]  # fmt: skip

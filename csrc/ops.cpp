@@ -13,6 +13,8 @@ STABLE_TORCH_LIBRARY(hflow_fast, m) {
   m.def("actnorm_bwd(Tensor x, Tensor log_scale, Tensor bias, Tensor grad_y, Tensor grad_log_det, bool inverse) -> (Tensor grad_x, Tensor grad_log_scale, Tensor grad_bias)");
   m.def("conv1x1_fwd(Tensor x, Tensor weight, Tensor bias) -> Tensor y");
   m.def("conv1x1_bwd(Tensor x, Tensor weight, Tensor bias, Tensor grad_y) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
+  m.def("conv3x3_fwd(Tensor x, Tensor weight, Tensor bias, int groups) -> Tensor y");
+  m.def("conv3x3_bwd(Tensor x, Tensor weight, Tensor bias, Tensor grad_y, int groups) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
   m.def("lu_fwd(Tensor weight) -> (Tensor log_abs_det, Tensor inverse)");
   m.def("lu_many_fwd(Tensor[] weights) -> (Tensor[] log_abs_dets, Tensor[] inverses)");
   m.def("coupling_fwd(Tensor x, Tensor raw, " COUPLING_OPTIONS ") -> (Tensor y, Tensor log_det)");

@@ -18,6 +18,7 @@ _OPS = (
     "actnorm",
     "bias_act",
     "conv1x1",
+    "conv3x3",
     "coupling",
     "flow_step",
     "haar",

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._processor import CONVOLVES_CHANNELS_LAST
+from ..ops._conv3x3 import conv3x3
 
 __all__ = [
     "PRECISIONS", "NetworkForm", "Precision", "choose", "conv2d", "convolution_adds_bias", "defaults", "linear", "widen",
@@ -36,14 +37,15 @@ class NetworkForm(NamedTuple):
     channels_last: bool = False
 
     def of(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Tensors in this form: they themselves, or copies made in few launches."""
-        if self == NetworkForm():
-            return tensors
-        copies = [torch.empty_like(tensor, dtype=self.dtype, memory_format=self._memory_format(tensor))
-                  for tensor in tensors]
-        if copies:
-            torch._foreach_copy_(copies, tensors)
-        return copies
+        """Tensors in this form: those that are so themselves, of the others copies made in few launches."""
+        result = list(tensors)
+        others = [place for place, tensor in enumerate(tensors) if not self._is_of(tensor)]
+        for place in others:
+            result[place] = torch.empty_like(tensors[place], dtype=self.dtype,
+                                             memory_format=self._memory_format(tensors[place]))
+        if others:
+            torch._foreach_copy_([result[place] for place in others], [tensors[place] for place in others])
+        return result
 
     def of_one(self, tensor: Tensor) -> Tensor:
         """A tensor in this form, differentiably."""
@@ -52,6 +54,11 @@ class NetworkForm(NamedTuple):
     def laid_out(self, x: Tensor) -> Tensor:
         """A flow variable (B, C, H, W) in this memory format; its dtype stays."""
         return x.contiguous(memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
+
+    def _is_of(self, tensor: Tensor) -> bool:
+        memory_format = self._memory_format(tensor)
+        return self.dtype in (None, tensor.dtype) and (
+            memory_format is torch.preserve_format or tensor.is_contiguous(memory_format=memory_format))
 
     def _memory_format(self, tensor: Tensor) -> torch.memory_format:
         last = self.channels_last and tensor.dim() == 4
@@ -97,6 +104,8 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, groups:
     if _lacks_bfloat16(x):
         bias = None if bias is None else bias.float()
         return F.conv2d(x.float(), weight.float(), bias, padding=padding, groups=groups).to(x.dtype)
+    if weight.shape[2:] == (3, 3) and padding == 1 and bias is not None:
+        return conv3x3(x, weight, bias, groups=groups)
     return F.conv2d(x, weight, bias, padding=padding, groups=groups)
 
 
