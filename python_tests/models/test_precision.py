@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hflow_fast.models import HFlow
 from hflow_fast.models import precision
+from hflow_fast.models.hflow.layers import Equalized
 
 from .test_prepared import train
 
@@ -67,26 +69,39 @@ def test_bf16_moves_the_bound_little_and_really_is_used(tiny_model, images):
 
 
 def test_what_stays_float32(tiny_model, images, monkeypatch):
-    """Networks alone are bfloat16: every convolution is, and no flow variable, channel map, log-det or gradient."""
+    """Networks alone are bfloat16, but for encoders: no flow variable, channel map, log-det or gradient is."""
     monkeypatch.setattr(precision, "_CPU_HAS_BFLOAT16", True)  # no detour through float32
     tiny_model.set_precision("bf16")
-    seen: dict[str, set] = {}
+    seen: dict[str, Counter] = {}
 
     def look(name: str, tensors: list[Tensor]) -> None:
-        seen.setdefault(name, set()).add(tuple(tensor.dtype for tensor in tensors))
+        seen.setdefault(name, Counter())[tuple(tensor.dtype for tensor in tensors)] += 1
 
     with Tensors(look), tiny_model.prepared():
         loss = tiny_model.loss(images)
         loss.mean().backward()
     half, single = torch.bfloat16, torch.float32
-    for name in ("convolution", "addmm"):
-        assert {dtype for dtypes in seen[name] for dtype in dtypes} == {half}
+    assert {dtype for dtypes in seen["addmm"] for dtype in dtypes} == {half}
+    of_encoders = sum(isinstance(module, Equalized) and "encoder" in name for name, module in tiny_model.named_modules())
+    for name in ("convolution", "convolution_backward"):
+        of_dtype = Counter()
+        for dtypes, count in seen[name].items():
+            of_dtype[frozenset(dtypes)] += count
+        assert of_dtype.keys() == {frozenset({single}), frozenset({half})}
+        assert of_dtype[frozenset({single})] == of_encoders > 10
     for dtypes in seen["flow_step_fwd"]:  # x, raw, weight, bias → y, log-det
         assert dtypes == (single, half, single, single, single, single)
     for name in ("lu_many_fwd", "bmm", "std", "log"):
         assert not any(half in dtypes for dtypes in seen[name]), name
     assert loss.dtype == single
     assert all(parameter.dtype == parameter.grad.dtype == single for parameter in tiny_model.parameters())
+
+
+@torch.no_grad()
+def test_targets_are_those_of_float32(tiny_model, images):
+    expected = tiny_model.set_precision("fp32", channels_last=True).targets(images)
+    for target, exact in zip(tiny_model.set_precision("bf16").targets(images), expected, strict=True):
+        assert torch.equal(target, exact)
 
 
 def test_gradients_of_a_group_gather_in_float32(tiny_model, images):

@@ -41,13 +41,11 @@ class EffectiveWeights:
         self._cache = ParameterCache()
         self._leaves: list[Tensor] | None = None
         self._sums: list[Tensor | None] = []
-        self._form = NetworkForm()
 
     def take_form(self, form: NetworkForm) -> None:
-        """From now on all layers use their weights in this form."""
-        self._form = form
+        """From now on all layers use their weights in this form, those that are fine in its memory format only."""
         for layer in self._layers:
-            layer.form = form
+            layer.form = form._replace(dtype=None) if layer.fine else form
         self._cache = ParameterCache()
 
     @contextmanager
@@ -68,7 +66,7 @@ class EffectiveWeights:
                        *(tensor for folded in fold_to_latent(affines) for tensor in folded)]
         leaves = [output.detach() for output in outputs]
         weights = 2 * len(self._users)
-        leaves[:weights] = self._form.of(leaves[:weights])
+        leaves[:weights] = self._in_form(leaves[:weights])
         for leaf, needed in zip(leaves, self._gradients_needed(affines), strict=True):
             leaf.requires_grad_(needed)
         self._leaves, self._sums = leaves, [None] * len(leaves)
@@ -116,7 +114,7 @@ class EffectiveWeights:
     @contextmanager
     def _kept(self) -> Iterator[None]:
         scaled = self._cache.get("scaled", self._parameters(),
-                                 lambda: self._form.of(self._joined(_scaled(*self._scaling()))))
+                                 lambda: self._in_form(self._joined(_scaled(*self._scaling()))))
         self._install(scaled, ())
         try:
             yield
@@ -131,6 +129,16 @@ class EffectiveWeights:
         """Weight and bias of every user, one after the other, from those of every layer."""
         pairs = iter(zip(scaled[::2], scaled[1::2]))
         return [tensor for user in self._users for tensor in join([next(pairs) for _ in _layers(user)])]
+
+    def _in_form(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Weight and bias of every user in the form of its layers, in few launches."""
+        forms = [_layers(user)[0].form for user in self._users for _ in range(2)]
+        result = list(tensors)
+        for form in set(forms):
+            places = [place for place, own in enumerate(forms) if own == form]
+            for place, tensor in zip(places, form.of([tensors[place] for place in places])):
+                result[place] = tensor
+        return result
 
     def _gradients_needed(self, affines: Sequence[StepAffines]) -> list[bool]:
         needed = []

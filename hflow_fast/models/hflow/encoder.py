@@ -1,4 +1,8 @@
-"""The encoder pyramid: from the image, level by level, to the targets that the flows model."""
+"""The encoder pyramid: from the image, level by level, to the targets that the flows model.
+
+Encoders are fine in all precisions: with encoders in bfloat16, too, training learned measurably slower, which the other
+networks do not bring about (docs/performance.md). They are a tenth of the work.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from ...nn.recompute import Recomputable
 from ..precision import widen
 from .architecture import LevelSpec
 from .config import EndblockConfig
-from .layers import EqualConv2d, downsample, instance_norm
+from .layers import EqualConv2d, downsample, instance_norm, keep_fine
 
 __all__ = ["CodeEncoder", "LevelEncoder"]
 
@@ -53,6 +57,7 @@ class LevelEncoder(Recomputable):
             self.halvings.append(halving(hidden))
         self.target = None if spec.is_lowest else pointwise(spec.target_channels)
         self.features = pointwise(hidden)
+        keep_fine(self)
 
     def forward(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
         x = self.part(self.halvings[0], self.halvings[0], x)
@@ -72,6 +77,7 @@ class CodeEncoder(nn.Module):
         self.between = EqualConv2d(width, width, 1, activation="linear", lr_scale=lr_scale)
         self.to_1x1 = _Halving(width, width, 1, lr_scale, binomial=False)
         self.code = EqualConv2d(width, width, 1, activation="linear", lr_scale=lr_scale)
+        keep_fine(self)
 
     def forward(self, x: Tensor) -> Tensor:
         x = instance_norm(self.between(self.to_2x2(x)))

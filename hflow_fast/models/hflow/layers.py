@@ -17,8 +17,8 @@ from ...ops import bias_act
 from ..precision import NetworkForm, conv2d, convolution_adds_bias, linear
 
 __all__ = [
-    "EqualConv2d", "EqualLinear", "Equalized", "Together", "downsample", "instance_norm", "join", "merge_residual",
-    "upsample",
+    "EqualConv2d", "EqualLinear", "Equalized", "Together", "downsample", "instance_norm", "join", "keep_fine",
+    "merge_residual", "upsample",
 ]
 
 Activation = Literal["leaky_relu", "tanh", "linear"]
@@ -48,6 +48,8 @@ class Equalized(nn.Module):
     """Scaled weight and bias, while :class:`~.effective.EffectiveWeights` provides them."""
     form = NetworkForm()
     """Of weight and bias as they are used; see :meth:`HFlow.set_precision`."""
+    fine = False
+    """Whether the layer computes in its parameters' dtype whatever the precision of networks."""
 
     def __init__(self, shape: tuple[int, ...], gain: float, activation: Activation, lr_scale: float,
                  zero_init: bool) -> None:
@@ -126,6 +128,13 @@ class EqualLinear(Equalized):
     def apply_with(self, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
         """This layer's kind of linear map, with scaled weights that are given."""
         return _activate(linear(x.to(weight.dtype), weight, bias), self.activation)
+
+
+def keep_fine(module: nn.Module) -> None:
+    """From now on the layers inside compute in their parameters' dtype, whatever the precision of networks."""
+    for layer in module.modules():
+        if isinstance(layer, Equalized):
+            layer.fine = True
 
 
 class Together:

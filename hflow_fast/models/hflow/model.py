@@ -114,11 +114,12 @@ class HFlow(nn.Module):
         return self._precision
 
     def set_precision(self, precision: Precision | None, *, channels_last: bool | None = None) -> HFlow:
-        """In what the networks compute: those in the couplings, encoders, decoders, the style's and the embeddings.
+        """In what the networks compute: those in the couplings, decoders, the style's and the embeddings.
 
-        Parameters, flow variables, scales and shifts as they are applied, log-dets, statistics of norms, noise, channel
-        maps and exponentials of matrices are float32 or better in all precisions, float64 in :meth:`encode` where the
-        networks are coarser than float32; why, says :mod:`hflow_fast.models.precision`.
+        Parameters, encoders, flow variables, scales and shifts as they are applied, log-dets, statistics of norms, noise,
+        channel maps and exponentials of matrices are float32 or better in all precisions (a GPU's encoders tf32 but in
+        "fp32"), flow variables float64 in :meth:`encode` where the networks are coarser than float32; why, says
+        :mod:`hflow_fast.models.precision`.
 
         Args:
             precision: "fp32"; "tf32", in which a GPU's convolutions round their float32 inputs to 10 bits; "bf16", with
