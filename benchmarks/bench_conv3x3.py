@@ -1,6 +1,6 @@
 """3×3 convolutions in float32 and channels_last: ours, by Winograd's filtering, beside PyTorch's, which oneDNN computes.
 
-python benchmarks/bench_conv3x3.py [--threads 2] [--batch 4] [--repeats 15] [--containing 64×64] [--dry-run]
+python benchmarks/bench_conv3x3.py [--threads 2] [--batch 4] [--repeats 15] [--containing 64×64] [--dry-run] [--markdown]
 
 The shapes are those of A-128's networks; all are timed by the kernel, whether conv3x3 would choose it there or not. The
 two sides take turns. Errors are norms, beside float64: of the outputs, or of the weights' gradient.
@@ -11,17 +11,19 @@ from __future__ import annotations
 import argparse
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, Mapping, NamedTuple, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hflow_fast.bench.measure import QUANTILES
+from hflow_fast.bench.report import fill
 from hflow_fast.bench.results import append_csv, provenance
 from hflow_fast.bench.turns import quantiles, time_in_turn
 
 RESULTS = Path(__file__).parent / "results" / "networks" / "conv3x3.csv"
+PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 CPU = torch.device("cpu")
 
 
@@ -86,6 +88,17 @@ def errors(shape: Shape, batch: int, work: str, sides: Sides) -> dict[str, float
     return {side: float((tensor - exact).norm() / exact.norm()) for side, tensor in found.items()}
 
 
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    last = rows[-1]
+    lines = [f"Batch {last['batch']}; {last['device']}, {last['threads']} threads, torch {last['torch']}, commit "
+             f"{last['commit']}, {last['date'][:10]}. Medians in milliseconds.", "",
+             "| channels, pixels | work | PyTorch | ours | ratio | error of PyTorch | of ours |",
+             "| --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+    lines += [f"| {row['case']} | {row['work']} | {float(row['torch_ms_q50']):.2f} | {float(row['ours_ms_q50']):.2f} | "
+              f"{row['ratio']} | {row['torch_error']} | {row['ours_error']} |" for row in rows]  # fmt: skip
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -94,6 +107,7 @@ def main() -> None:
     parser.add_argument("--containing", default="", help="only shapes whose name contains this")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the CSV file")
     parser.add_argument("--dry-run", action="store_true", help="print only")
+    parser.add_argument("--markdown", type=Path, nargs="?", const=PAGE, help=f"fill the table of a page ({PAGE.name})")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     where = provenance(CPU)
@@ -116,6 +130,8 @@ def main() -> None:
             rows.append(row | where)
     if rows and not options.dry_run:
         append_csv(options.results, rows)
+    if rows and options.markdown:
+        options.markdown.write_text(fill(options.markdown.read_text(), {"convolutions": table(rows)}))
 
 
 if __name__ == "__main__":

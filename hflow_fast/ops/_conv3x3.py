@@ -12,6 +12,7 @@ import os
 
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 from hflow_fast._extension import has_kernel
 from hflow_fast.ops._registration import register
@@ -47,12 +48,18 @@ def conv3x3(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, groups
 
 
 def _pays(x: torch.Tensor, weight: torch.Tensor, groups: int) -> bool:
-    if x.device.type != "cpu" or not _WANTED or not _is_channels_last(x) or torch.is_autocast_enabled("cpu"):
+    if x.device.type != "cpu" or not _WANTED or not _is_channels_last(x) or _wants_more_than_a_kernel():
         return False
     outputs, inputs = weight.shape[0] // groups, weight.shape[1]
     tiles = x.shape[0] * -(-x.shape[2] // _TILE) * -(-x.shape[3] // _TILE)
     enough = _FEWEST_TILES_IF_LARGE if outputs * inputs > _LARGE else _FEWEST_TILES
     return min(outputs, inputs) >= _FEWEST_CHANNELS and tiles >= enough and has_kernel("conv3x3", x.device)
+
+
+def _wants_more_than_a_kernel() -> bool:
+    """Autocast, function transforms and forward mode are served by PyTorch's convolution."""
+    return (torch.is_autocast_enabled("cpu") or torch._C._are_functorch_transforms_active()
+            or forward_ad._current_level >= 0)  # fmt: skip
 
 
 def _is_channels_last(x: torch.Tensor) -> bool:
@@ -64,4 +71,4 @@ def _fake(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-_kernel = register("conv3x3", 3, _fake, autocast=False)
+_kernel = register("conv3x3", 3, _fake, autocast=False, second_derivative="set HFLOW_FAST_WINOGRAD=0")

@@ -47,14 +47,15 @@ def empty_like_in(tensor: torch.Tensor, memory_format: torch.memory_format) -> t
 
 
 def register(
-    op: str, tensors: int, fake: Callable[..., Any], autocast: bool = True
+    op: str, tensors: int, fake: Callable[..., Any], autocast: bool = True, second_derivative: str = ""
 ) -> Callable[..., Any] | None:
     """Register the fake, autograd and autocast implementations of ``op``; its first ``tensors`` arguments are tensors.
 
     ``fake`` takes the arguments of ``<op>_fwd``, checks them and returns empty outputs. Under autocast a half-precision
     flow variable becomes float32, so that flow variables and log-dets keep their precision; the other tensors are read
     as they are, which saves a cast pass over a network's output. The ops inside networks say ``autocast=False``: they
-    follow the precision of the network, whatever it is.
+    follow the precision of the network, whatever it is. ``second_derivative`` says how to get one, where it is not from
+    the reference.
 
     Returns ``<op>_fwd`` as a function that costs less to call; ``None`` without the extension.
     """
@@ -75,9 +76,8 @@ def register(
 
         @staticmethod
         def backward(ctx: Any, *gradients: torch.Tensor) -> None:
-            raise RuntimeError(
-                f"hflow_fast.ops.{op} has no second derivative; differentiate hflow_fast.reference.{op} instead"
-            )
+            way = second_derivative or f"differentiate hflow_fast.reference.{op} instead"
+            raise RuntimeError(f"hflow_fast.ops.{op} has no second derivative; {way}")
 
     def setup_context(ctx: Any, tensors: tuple[torch.Tensor, ...], options: tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(*tensors)

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import csv
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ CASES = [
     ((2, 96, 16, 20), 64, 2),
     ((5, 81, 11, 10), 75, 3),
 ]
+ROOT = Path(__file__).parents[2]
 EPS = torch.finfo(torch.float32).eps
 
 
@@ -159,6 +162,21 @@ def test_autocast_stays_the_librarys():
         assert conv3x3(*tensors).dtype == torch.bfloat16
 
 
+def test_transforms_and_forward_mode_stay_the_librarys():
+    x, weight, bias = inputs((2, 32, 16, 16), 32, 1)
+    per_sample = torch.func.vmap(torch.func.grad(lambda w, x: conv3x3(x[None], w, bias).square().sum()), (None, 0))
+    assert per_sample(weight, x).shape == (2, *weight.shape)
+    _, tangent = torch.func.jvp(lambda x: conv3x3(x, weight, bias), (x,), (x,))
+    torch.testing.assert_close(tangent, F.conv2d(x, weight, padding=1))
+
+
+def test_second_derivatives_say_how_to_get_them():
+    x, weight, bias = (t.requires_grad_() for t in inputs((2, 32, 16, 16), 32, 1))
+    (gradient,) = torch.autograd.grad(conv3x3(x, weight, bias).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="conv3x3 has no second derivative; set HFLOW_FAST_WINOGRAD=0"):
+        gradient.sum().backward()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -195,8 +213,7 @@ for case in tests.CASES if {check} else []:
 
 
 def in_another_process(check: bool, **environment: str) -> str:
-    root = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
-    result = subprocess.run([sys.executable, "-c", IN_ANOTHER_PROCESS.format(check=check)], cwd=root,
+    result = subprocess.run([sys.executable, "-c", IN_ANOTHER_PROCESS.format(check=check)], cwd=ROOT,
                             env={**os.environ, **environment}, capture_output=True, text=True)  # fmt: skip
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
@@ -209,3 +226,17 @@ def test_every_vector_width(isa):
 
 def test_can_be_turned_off():
     assert in_another_process(False, HFLOW_FAST_WINOGRAD="0").endswith("False")
+
+
+def test_benchmark(tmp_path):
+    results, page = tmp_path / "folder" / "conv3x3.csv", tmp_path / "page.md"
+    page.write_text("<!-- convolutions -->\n<!-- /convolutions -->\n")
+    command = [sys.executable, ROOT / "benchmarks" / "bench_conv3x3.py", "--containing", "128→128, 8", "--repeats", "2"]
+    for options in (["--dry-run"], ["--results", results, "--markdown", page]):
+        output = subprocess.run([*command, *options], capture_output=True, text=True, check=True).stdout
+        assert [line.split()[2] for line in output.splitlines() if "8×8" in line] == ["forward", "backward"]
+    with results.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["work"] for row in rows] == ["forward", "backward"]
+    assert page.read_text().count("| 128→128, 8×8 |") == 2
+    assert all(float(row["ours_ms_q20"]) <= float(row["ours_ms_q80"]) and float(row["ours_error"]) < 1e-5 for row in rows)
