@@ -263,7 +263,9 @@ def tables(folder: Path) -> dict[str, str]:
                    f"{row['ms_low']}–{row['ms_high']}", f"{row['ratio_low']}–{row['ratio_high']}"] for row in rows]
         result["prediction"] = _table(lines, rows[-1])
     rows = newest(folder / "vs_original.csv", "work", "side", "precision", "groups")
-    if rows:
+    if rows:  # ratios are those of one run
+        date = max(row["date"] for row in rows)
+        rows = [row for row in rows if row["date"] == date]
         lines = [["work", "side", "precision", "median", "20–80 %", "original / this"]]
         lines += [[row["work"], row["side"], row["precision"], f"{_short(row['q50'])} {row['unit']}",
                    f"{_short(row['q20'])}–{_short(row['q80'])}", f"{float(row['original_over_this']):.2f}"]

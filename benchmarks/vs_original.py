@@ -12,7 +12,7 @@ First, losses and every gradient are compared, without noise, in float64. Then a
 - memory: peak of a training step in a process of its own, above what the imports take.
 
 Ours comes in modes: plain (every pass computes its own weights), prepared (once per step, as the trainer does),
-channels_last (prepared, with weights and so everything else in that format: the trainer's choice with AVX-512), bf16
+channels_last (prepared, with weights and so everything else in that format: the trainer's choice with AVX2 or more), bf16
 (prepared, networks in bfloat16, channels_last), merge (prepared, all micro-batches of a step in one pass that keeps
 their statistics apart), recompute (prepared, activations computed again in the backward pass), graph (prepared, and
 replayed from CUDA graphs, where there are any) and compile (prepared, passes through torch.compile); bf16+merge is

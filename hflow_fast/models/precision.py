@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._processor import CONVOLVES_CHANNELS_LAST
-from ..ops._conv3x3 import conv3x3
+from ..ops._conv3x3 import conv3x3, is_quick
 
 __all__ = [
     "PRECISIONS", "NetworkForm", "Precision", "choose", "conv2d", "convolution_adds_bias", "defaults", "linear", "widen",
@@ -65,17 +65,24 @@ class NetworkForm(NamedTuple):
         return torch.channels_last if last else torch.preserve_format
 
 
-def defaults(device: torch.device, precision: Precision | None = None) -> tuple[Precision, bool]:
-    """The precision of a device, and whether features are channels_last: in bfloat16, in a GPU's tf32, whose tensor
-    cores want it, and on processors with AVX-512, whose convolutions it makes quicker in both directions (with AVX2
-    they become slower in the backward pass)."""
+def defaults(
+    device: torch.device, precision: Precision | None = None, many_3x3: bool = False
+) -> tuple[Precision, bool]:
+    """The precision of a device, and whether features are channels_last.
+
+    They are in bfloat16; in a GPU's tf32, whose tensor cores want it; on processors with AVX-512, whose convolutions it
+    makes quicker in both directions (with AVX2 PyTorch's become slower in the backward pass); and where a model has
+    ``many_3x3`` convolutions for our kernel, which reads nothing else.
+    """
     precision = precision or ("tf32" if device.type == "cuda" else "fp32")
     if device.type == "cuda":
         return precision, precision != "fp32"
-    return precision, precision == "bf16" or CONVOLVES_CHANNELS_LAST
+    return precision, precision == "bf16" or CONVOLVES_CHANNELS_LAST or (many_3x3 and is_quick())
 
 
-def choose(model: nn.Module, precision: Precision | None, channels_last: bool | None) -> tuple[Precision, NetworkForm]:
+def choose(
+    model: nn.Module, precision: Precision | None, channels_last: bool | None, many_3x3: bool = False
+) -> tuple[Precision, NetworkForm]:
     """What a model's ``set_precision`` does with its arguments: the precision, and the form of its networks.
 
     It sets whether convolutions of the whole process may be tf32, and gives the parameters the form's memory format,
@@ -86,7 +93,7 @@ def choose(model: nn.Module, precision: Precision | None, channels_last: bool | 
     """
     if precision not in (None, *PRECISIONS):
         raise ValueError(f"{type(model).__name__}.set_precision: {precision!r} is none of {', '.join(PRECISIONS)}.")
-    precision, by_default = defaults(next(model.parameters()).device, precision)
+    precision, by_default = defaults(next(model.parameters()).device, precision, many_3x3)
     torch.backends.cudnn.allow_tf32 = precision != "fp32"
     form = NetworkForm(torch.bfloat16 if precision == "bf16" else None,
                        by_default if channels_last is None else channels_last)
@@ -103,7 +110,7 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, groups:
     """:func:`torch.nn.functional.conv2d`, also where bfloat16 has no instructions."""
     if _lacks_bfloat16(x):
         bias = None if bias is None else bias.float()
-        return F.conv2d(x.float(), weight.float(), bias, padding=padding, groups=groups).to(x.dtype)
+        return conv2d(x.float(), weight.float(), bias, padding, groups).to(x.dtype)
     if weight.shape[2:] == (3, 3) and padding == 1 and bias is not None:
         return conv3x3(x, weight, bias, groups=groups)
     return F.conv2d(x, weight, bias, padding=padding, groups=groups)

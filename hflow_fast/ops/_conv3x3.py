@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad
 
-from hflow_fast._extension import has_kernel
+from hflow_fast._extension import build_info, has_kernel
 from hflow_fast.ops._registration import register
 
-__all__ = ["conv3x3"]
+__all__ = ["conv3x3", "is_quick"]
 
 _WANTED = os.environ.get("HFLOW_FAST_WINOGRAD", "1") != "0"
 _TILE = 4
@@ -45,6 +45,11 @@ def conv3x3(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, groups
     if _pays(x, weight, groups) and x.dtype == weight.dtype == bias.dtype == torch.float32:
         return _kernel(x, weight, bias, groups)
     return F.conv2d(x, weight, bias, padding=1, groups=groups)
+
+
+def is_quick() -> bool:
+    """Whether this processor has the vectors (AVX2 or AVX-512) with which the kernel beats PyTorch's convolutions."""
+    return _WANTED and has_kernel("conv3x3", torch.device("cpu")) and build_info()["vector_selected"] != "baseline"
 
 
 def _pays(x: torch.Tensor, weight: torch.Tensor, groups: int) -> bool:

@@ -43,3 +43,14 @@ def test_same_loss_and_gradients(monkeypatch):
     assert calls.count["conv3x3_fwd"] == library.count["convolution"] - calls.count["convolution"]
     assert abs(loss - expected_loss) < 1e-5 * abs(expected_loss)
     assert (gradients - expected).norm() < 3e-3 * expected.norm()
+
+
+def test_format_of_a_processor(monkeypatch):
+    """Channels_last, which the kernel reads, wherever it has vectors; elsewhere what suits PyTorch's convolutions."""
+    model = wide_model()
+    for quick, torchs, expected in ((True, False, True), (False, True, True), (False, False, False)):
+        monkeypatch.setattr(precision, "is_quick", lambda quick=quick: quick)
+        monkeypatch.setattr(precision, "CONVOLVES_CHANNELS_LAST", torchs)
+        weight = model.set_precision(None).code_encoder.to_2x2.first.weight
+        assert weight.is_contiguous(memory_format=torch.channels_last) is expected
+        assert precision.defaults(weight.device) == ("fp32", torchs)

@@ -132,7 +132,7 @@ class HFlow(nn.Module):
         Returns:
             The model.
         """
-        self._precision, self._form = choose(self, precision, channels_last)
+        self._precision, self._form = choose(self, precision, channels_last, many_3x3=True)
         self._weights.take_form(self._form)
         return self
 
