@@ -14,6 +14,7 @@
 #include "common/parallel.h"
 #include "common/scratch.h"
 #include "common/tensor.h"
+#include "cpu/panel_product.h"
 #include "cpu/winograd.h"
 
 namespace hflow {
@@ -60,8 +61,8 @@ class WeightPoints {
           for (int64_t o = 0; o < count; ++o) taps[tap][o] = column[o * kTaps * kTaps * from];
         }
       }
-      run_wide_leaf<ToWeightPoints>(static_cast<const float*>(taps[0]), padded(count), points_.get() + unit * kPanel,
-                                    stride_);
+      run_wide_leaf<ToWeightPoints>(static_cast<const float*>(taps[0]), kPanel, padded(count),
+                                    points_.get() + unit * kPanel, stride_);
     });
   }
 

@@ -1,26 +1,18 @@
-// Winograd's minimal filtering F(4×4, 3×3) in vectors of channels: transforms of tiles and the product between them.
+// Winograd's minimal filtering F(4×4, 3×3) in vectors of channels: transforms of tiles.
 //
 // A tile of 4 × 4 outputs reads 6 × 6 inputs. At 36 points, the products of 36 transformed inputs with 36 transformed
 // weights replace 144 multiplications (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016;
 // interpolation at 0, ±1, ±2 and ∞). Images are (sample, row, column, channel); transformed ones (point, tile,
-// channel), with the tile's channels padded to whole vectors of any width.
+// channel), with the tile's channels padded.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
-#include <cstring>
 
-#include "common/isa.h"
-
-#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed between functions that are always inlined
+#include "cpu/lanes.h"
 
 namespace hflow::winograd {
 
 inline constexpr int64_t kTile = 4, kReach = 6, kTaps = 3, kPoints = kReach * kReach;
-inline constexpr int64_t kWidest = 16;  // floats in a vector of AVX-512
-inline constexpr int64_t kPanel = 64;   // outputs whose weights lie side by side
-
-inline constexpr int64_t padded(int64_t channels) { return (channels + kWidest - 1) / kWidest * kWidest; }
 
 // Floats between a point's rows and the next one's. Powers of two would send all 36 to the same lines of the cache.
 inline constexpr int64_t spread(int64_t floats) { return floats + 5 * kWidest; }
@@ -43,31 +35,7 @@ struct Corner {
         column(tile % image.tiles_per_row() * kTile) {}
 };
 
-template <int Bytes>
-struct Lanes {
-  typedef float Vector __attribute__((vector_size(Bytes)));
-  static constexpr int64_t kWidth = Bytes / sizeof(float);
-
-  HFLOW_LEAF Vector load(const float* from) {
-    Vector vector;
-    std::memcpy(&vector, from, Bytes);
-    return vector;
-  }
-  HFLOW_LEAF void store(float* to, Vector vector) { std::memcpy(to, &vector, Bytes); }
-
-  // The first `count` lanes, if there are fewer than all; the others are 0.
-  HFLOW_LEAF Vector load(const float* from, int64_t count) {
-    if (count >= kWidth) return load(from);
-    Vector vector{};
-    std::memcpy(&vector, from, count * sizeof(float));
-    return vector;
-  }
-  HFLOW_LEAF void store(float* to, Vector vector, int64_t count) {
-    std::memcpy(to, &vector, std::min<int64_t>(count, kWidth) * sizeof(float));
-  }
-};
-
-// One direction of a transform: To values from From. Two make a tile's.
+// One direction of a transform: `to` values from `from`. Two make a tile's.
 struct InputMap {
   static constexpr int from = kReach, to = kReach;
   template <class V>
@@ -152,7 +120,7 @@ HFLOW_LEAF void transform(const Read& read, const Write& write) {
 template <class Map, int64_t Border>
 struct ToPoints {
   template <int Bytes>
-  struct Wide : Lanes<Bytes> {
+  struct Wide {
     using L = Lanes<Bytes>;
     using V = typename L::Vector;
 
@@ -183,7 +151,7 @@ struct ToPoints {
 
 // The outputs of tiles [first, last) from all points, plus a bias.
 template <int Bytes>
-struct ToOutputs : Lanes<Bytes> {
+struct ToOutputs {
   using L = Lanes<Bytes>;
   using V = typename L::Vector;
 
@@ -208,17 +176,17 @@ struct ToOutputs : Lanes<Bytes> {
   }
 };
 
-// Nine taps of (some of) a panel of outputs to all points, `point_floats` apart.
+// Nine taps of some outputs, `tap_floats` apart, to all points, `point_floats` apart.
 template <int Bytes>
-struct ToWeightPoints : Lanes<Bytes> {
+struct ToWeightPoints {
   using L = Lanes<Bytes>;
   using V = typename L::Vector;
 
-  HFLOW_LEAF void run(const float* taps, int64_t outputs, float* points, int64_t point_floats) {
+  HFLOW_LEAF void run(const float* taps, int64_t tap_floats, int64_t outputs, float* points, int64_t point_floats) {
     for (int64_t o = 0; o < outputs; o += L::kWidth)
       transform<WeightMap, V>(
           [&](int row, int column, V& value) __attribute__((always_inline)) {
-            value = L::load(taps + (row * kTaps + column) * kPanel + o);
+            value = L::load(taps + (row * kTaps + column) * tap_floats + o);
           },
           [&](int row, int column, V value) __attribute__((always_inline)) {
             L::store(points + (row * kReach + column) * point_floats + o, value);
@@ -228,7 +196,7 @@ struct ToWeightPoints : Lanes<Bytes> {
 
 // The taps of one output for all inputs, from their gradients at all points.
 template <int Bytes>
-struct ToTaps : Lanes<Bytes> {
+struct ToTaps {
   using L = Lanes<Bytes>;
   using V = typename L::Vector;
 
@@ -241,89 +209,6 @@ struct ToTaps : Lanes<Bytes> {
           [&](int row, int column, V value) __attribute__((always_inline)) {
             L::store(taps + (row * kTaps + column) * channels + c, value, channels - c);
           });
-  }
-};
-
-// A matrix in memory: element (row, k) of the left factor, a panel's first in row k of the right one.
-struct Left {
-  const float* data;
-  int64_t row_stride, k_stride;
-};
-struct Right {
-  const float* data;
-  int64_t k_stride, panel_stride;
-};
-struct Result {
-  float* data;
-  int64_t row_stride;
-};
-
-// result (+)= left · right. Blocks of 6 rows by up to 4 vectors (2 where there are 16 registers) stay in registers over
-// kBlock terms, whose part of a panel stays in L1; so sums are short, and rounding stays small, too.
-template <int Bytes>
-struct Product : Lanes<Bytes> {
-  using L = Lanes<Bytes>;
-  using V = typename L::Vector;
-  static constexpr int kRows = 6, kVectors = Bytes == 64 ? 4 : 2;
-  static constexpr int64_t kBlock = 64;
-
-  template <int Rows, int Vectors>
-  HFLOW_LEAF void block(Left left, Right right, Result result, int64_t terms, bool add) {
-    V sums[Rows][Vectors];
-#pragma GCC unroll 6
-    for (int r = 0; r < Rows; ++r)
-#pragma GCC unroll 4
-      for (int v = 0; v < Vectors; ++v) sums[r][v] = V{};
-    for (; terms > 0; --terms, left.data += left.k_stride, right.data += right.k_stride) {
-      V factors[Vectors];
-#pragma GCC unroll 4
-      for (int v = 0; v < Vectors; ++v) factors[v] = L::load(right.data + v * L::kWidth);
-#pragma GCC unroll 6
-      for (int r = 0; r < Rows; ++r)
-#pragma GCC unroll 4
-        for (int v = 0; v < Vectors; ++v) sums[r][v] += left.data[r * left.row_stride] * factors[v];
-    }
-#pragma GCC unroll 6
-    for (int r = 0; r < Rows; ++r)
-#pragma GCC unroll 4
-      for (int v = 0; v < Vectors; ++v) {
-        float* to = result.data + r * result.row_stride + v * L::kWidth;
-        L::store(to, add ? L::load(to) + sums[r][v] : sums[r][v]);
-      }
-  }
-
-  template <int Vectors>
-  HFLOW_LEAF void columns(Left left, Right right, Result result, int64_t rows, int64_t terms, bool add) {
-    for (; rows >= kRows; rows -= kRows) {
-      block<kRows, Vectors>(left, right, result, terms, add);
-      left.data += kRows * left.row_stride, result.data += kRows * result.row_stride;
-    }
-    switch (rows) {
-      case 5: return block<5, Vectors>(left, right, result, terms, add);
-      case 4: return block<4, Vectors>(left, right, result, terms, add);
-      case 3: return block<3, Vectors>(left, right, result, terms, add);
-      case 2: return block<2, Vectors>(left, right, result, terms, add);
-      case 1: return block<1, Vectors>(left, right, result, terms, add);
-    }
-  }
-
-  // `n`, the columns, are whole vectors of the widest kind; the right factor has them in panels of kPanel.
-  HFLOW_LEAF void run(Left left, Right right, Result result, int64_t rows, int64_t n, int64_t terms, bool add) {
-    for (int64_t k = 0; k < terms; k += kBlock) {
-      const Left part{left.data + k * left.k_stride, left.row_stride, left.k_stride};
-      const int64_t count = std::min(kBlock, terms - k);
-      for (int64_t c = 0; c < n; c += kVectors * L::kWidth) {
-        const float* panel = right.data + c / kPanel * right.panel_stride + c % kPanel + k * right.k_stride;
-        const Right some{panel, right.k_stride, 0};
-        const Result to{result.data + c, result.row_stride};
-        switch (std::min<int64_t>(kVectors, (n - c) / L::kWidth)) {
-          case 1: columns<1>(part, some, to, rows, count, add || k > 0); break;
-          case 2: columns<2>(part, some, to, rows, count, add || k > 0); break;
-          case 3: columns<(kVectors > 3 ? 3 : 1)>(part, some, to, rows, count, add || k > 0); break;
-          default: columns<kVectors>(part, some, to, rows, count, add || k > 0);
-        }
-      }
-    }
   }
 };
 
