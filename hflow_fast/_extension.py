@@ -18,7 +18,6 @@ _OPS = (
     "actnorm",
     "bias_act",
     "conv1x1",
-    "conv3x3",
     "coupling",
     "flow_step",
     "haar",
@@ -27,6 +26,8 @@ _OPS = (
     "lu_many",
     "resample",
 )
+_INNER_OPS = ("conv3x3",)
+"""With kernels, but without a promise to users: what they may count on is in hflow_fast.ops."""
 _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 
 
@@ -41,7 +42,7 @@ def _load() -> tuple[dict[str, str], str | None]:
         from hflow_fast import _C
     except ImportError as error:
         return {}, f"{', '.join(built)} cannot be loaded ({error}); it was built for another Python or torch"
-    absent = [op for op in _OPS if not hasattr(torch.ops.hflow_fast, f"{op}_fwd")]
+    absent = [op for op in (*_OPS, *_INNER_OPS) if not hasattr(torch.ops.hflow_fast, f"{op}_fwd")]
     if absent:
         return {}, f"{', '.join(built)} is older than this package: it lacks {', '.join(absent)}"
     return _C.build_info(), None
@@ -50,7 +51,7 @@ def _load() -> tuple[dict[str, str], str | None]:
 _BUILD_INFO, _MISSING = _load()
 _KERNELS = frozenset(
     (op, device)
-    for op in _OPS
+    for op in (*_OPS, *_INNER_OPS)
     for device, key in _DISPATCH_KEYS.items()
     if _MISSING is None and torch._C._dispatch_has_kernel_for_dispatch_key(f"hflow_fast::{op}_fwd", key)
 )
