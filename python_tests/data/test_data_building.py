@@ -20,6 +20,7 @@ from hflow_fast.errors import DatasetError
 
 # Makes the dataset "out" of "images" and waits for ever at the last image.
 STOPPING = """
+import time
 from hflow_fast.data import create_dataset, sources
 whole = sources.decode_image
 def decode(data, resolution):
