@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 
 from hflow_fast._extension import build_info, has_kernel
-from hflow_fast.ops._registration import register
+from hflow_fast.ops._registration import format_of, register
 
 __all__ = ["conv3x3", "is_quick"]
 
@@ -53,7 +53,7 @@ def is_quick() -> bool:
 
 
 def _pays(x: torch.Tensor, weight: torch.Tensor, groups: int) -> bool:
-    if x.device.type != "cpu" or not _WANTED or not _is_channels_last(x) or _wants_more_than_a_kernel():
+    if x.device.type != "cpu" or not _WANTED or _wants_more_than_a_kernel() or format_of(x) != torch.channels_last:
         return False
     outputs, inputs = weight.shape[0] // groups, weight.shape[1]
     tiles = x.shape[0] * -(-x.shape[2] // _TILE) * -(-x.shape[3] // _TILE)
@@ -65,10 +65,6 @@ def _wants_more_than_a_kernel() -> bool:
     """Autocast, function transforms and forward mode are served by PyTorch's convolution."""
     return (torch.is_autocast_enabled("cpu") or torch._C._are_functorch_transforms_active()
             or forward_ad._current_level >= 0)  # fmt: skip
-
-
-def _is_channels_last(x: torch.Tensor) -> bool:
-    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def _fake(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int) -> torch.Tensor:

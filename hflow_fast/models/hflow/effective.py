@@ -134,7 +134,7 @@ class EffectiveWeights:
         """Weight and bias of every user in the form of its layers, in few launches."""
         forms = [_layers(user)[0].form for user in self._users for _ in range(2)]
         result = list(tensors)
-        for form in set(forms):
+        for form in dict.fromkeys(forms):
             places = [place for place, own in enumerate(forms) if own == form]
             for place, tensor in zip(places, form.of([tensors[place] for place in places])):
                 result[place] = tensor
