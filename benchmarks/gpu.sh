@@ -60,7 +60,7 @@ step bench-compile 200 "$python" -m hflow_fast bench --device cuda --ops couplin
   --results "$out/compile"
 
 if [ -n "${ORIGINAL:-}" ]; then
-  step vs-original 150 "$python" benchmarks/vs_original.py --original "$ORIGINAL" --device cuda --repeats 10 \
+  step vs-original 200 "$python" benchmarks/vs_original.py --original "$ORIGINAL" --device cuda --repeats 10 \
     --results "$out"
   step vs-original-fp32 100 "$python" benchmarks/vs_original.py --original "$ORIGINAL" --device cuda --repeats 5 \
     --precision fp32 --only training,sampling --modes prepared,graph --results "$out"

@@ -11,6 +11,9 @@ First, losses and every gradient are compared, without noise, in float64. Then a
 - encoding: --batch images to latents.
 - memory: peak of a training step in a process of its own, above what the imports take.
 
+Like hflow-fast, our sides keep memory of the processor that they free (hflow_fast.keep_freed_memory); the original,
+which sets nothing, returns it. With MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=99999999999 before the command, all keep it.
+
 Ours comes in modes: plain (every pass computes its own weights), prepared (once per step, as the trainer does),
 channels_last (prepared, with weights and so everything else in that format: the trainer's choice with AVX2 or more), bf16
 (prepared, networks in bfloat16, channels_last), merge (prepared, all micro-batches of a step in one pass that keeps
@@ -39,6 +42,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from hflow_fast import keep_freed_memory
 from hflow_fast._replay import WARM_UP, Replay, cuda_recorder
 from hflow_fast.bench.agreement import (
     float64_by_default,
@@ -61,9 +65,9 @@ from hflow_fast.training.optimizer import build_optimizer, clip_and_step
 RESULTS = Path(__file__).parent / "results" / "model"
 MODES = ("plain", "prepared", "channels_last", "bf16", "merge", "recompute", "graph", "compile")
 if torch.cuda.is_available():
-    DEFAULT_MODES = ["plain", "prepared", "graph", "graph+bf16"]
+    DEFAULT_MODES = ["plain", "prepared", "graph", "graph+merge", "graph+bf16", "graph+bf16+merge"]
 else:
-    DEFAULT_MODES = ["plain", "prepared", "channels_last"]
+    DEFAULT_MODES = ["plain", "prepared", "channels_last", "channels_last+merge"]
     DEFAULT_MODES += ["bf16", "bf16+merge"] if torch.cpu._is_amx_tile_supported() else []
 WORKS = ("training", "sampling", "encoding", "memory")
 EMA_WEIGHT = 0.005
@@ -260,6 +264,7 @@ def peak_memory(side: str, options: argparse.Namespace) -> float:
 
 
 def own_memory(side: str, options: argparse.Namespace) -> float:
+    keep_freed_memory(side != "original")
     before = 0.0 if options.device.type == "cuda" else resident("VmRSS")
     if side == "original":
         runner = Original(options.original, options.settings, options.device)
@@ -305,8 +310,8 @@ def measure(options: argparse.Namespace) -> tuple[dict[str, float], dict[str, di
         else:
             argument = {"training": parts, "sampling": options.batch, "encoding": x}[work]
             warm_up = WARM_UP + 2 if options.device.type == "cuda" else 1
-            times = time_in_turn({name: lambda side=side: getattr(side, work)(argument)
-                                  for name, side in sides.items()}, options.device, options.repeats, warm_up)  # fmt: skip
+            times = time_in_turn({name: lambda side=side: turn(side, work, argument) for name, side in sides.items()},
+                                 options.device, options.repeats, warm_up)  # fmt: skip
             results[work] = {name: quantiles(values) for name, values in times.items()}
         report(work, results[work])
     if options.predict:
@@ -316,6 +321,11 @@ def measure(options: argparse.Namespace) -> tuple[dict[str, float], dict[str, di
         works, _ = predict.works_of(known, x, options.groups)
         predict.print_prediction(options.config, works, len(x))
     return differences, results
+
+
+def turn(side: Original | Ours, work: str, argument: Any) -> None:
+    keep_freed_memory(isinstance(side, Ours))
+    getattr(side, work)(argument)
 
 
 def report(work: str, sides: Mapping[str, list[float]]) -> None:

@@ -9,6 +9,7 @@
 - :mod:`hflow_fast.inference`: samples, reconstructions and pictures from a trained model.
 - :mod:`hflow_fast.compat`: files of the original implementation, read without running anything in them.
 - :mod:`hflow_fast.testing`: property tests for flow layers, also of your own.
+- :func:`hflow_fast.keep_freed_memory`: what large batches on a CPU want of the allocator.
 """
 
 from __future__ import annotations
@@ -19,21 +20,23 @@ from typing import TYPE_CHECKING, Any
 from .errors import CheckpointError, ConfigError, DatasetError
 
 if TYPE_CHECKING:
+    from ._allocator import keep_freed_memory
     from .adapters import accelerate
 
 __version__ = "0.1.0"
-__all__ = ["CheckpointError", "ConfigError", "DatasetError", "__version__", "accelerate"]
+__all__ = ["CheckpointError", "ConfigError", "DatasetError", "__version__", "accelerate", "keep_freed_memory"]
 
 _SUBMODULES = ("adapters", "compat", "configs", "data", "inference", "metrics", "models", "nn", "ops", "reference",
                "testing", "training")
+_FUNCTIONS = {"accelerate": ".adapters", "keep_freed_memory": "._allocator"}
 
 
 def __getattr__(name: str) -> Any:
-    # Submodules load on first use: the command line answers quickly, and the layers do not import the trainer.
+    # All this loads on first use: the command line answers quickly, and the layers do not import the trainer.
     if name in _SUBMODULES:
         return importlib.import_module(f".{name}", __name__)
-    if name == "accelerate":
-        return importlib.import_module(".adapters", __name__).accelerate
+    if name in _FUNCTIONS:
+        return getattr(importlib.import_module(_FUNCTIONS[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
