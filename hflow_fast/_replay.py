@@ -36,13 +36,19 @@ Recorder = Callable[[], AbstractContextManager[Leg]]
 as they are replayed in this order; tensors that are still referred to keep theirs."""
 
 
-def cuda_recorder() -> Recorder:
-    """Records CUDA graphs that share one pool of memory."""
+def cuda_recorder(generators: Iterable[torch.Generator] = ()) -> Recorder:
+    """Records CUDA graphs that share one pool of memory.
+
+    Args:
+        generators: which the work draws from, beside the device's own: a replay draws from their state at that time.
+    """
     pool = torch.cuda.graph_pool_handle()
 
     @contextmanager
     def record() -> Iterator[Leg]:
         graph = torch.cuda.CUDAGraph()
+        for generator in generators:
+            graph.register_generator_state(generator)
         # Other threads, as NCCL's, go on asking the device whether it has finished, which this mode allows.
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             yield graph

@@ -35,7 +35,7 @@ __all__ = ["train"]
 @click.option("--batch-size", type=click.IntRange(min=1), help="Images per forward pass (BATCH_SIZE); gradients are "
               "accumulated over SAMPLES_PER_GRAD_EVAL images, or this many if it is more.")
 @click.option("--merge-batches", type=click.IntRange(min=1), help="Forward passes that are run as one (MERGE_BATCHES): "
-              "quicker where they leave the device idle, and more memory; the same gradients.")
+              "quicker, and more memory; the same gradients.  [default: as many as there is memory for]")
 @click.option("--memory", type=click.Choice(["store", "recompute"]), help="Keep the activations for the backward pass, "
               "or compute them again in it (MEMORY): more time, a fraction of the memory; the same gradients.")
 @click.option("--seed", type=click.IntRange(min=0), help="Of weights, data order and noise.")

@@ -53,14 +53,11 @@ def check_cuda_graph(device: torch.device, config: GeneralConfig) -> None:
     """Whether the CUDA graphs that the configuration insists on are possible.
 
     Raises:
-        ConfigError: the device has none, or passes are merged, which cannot be recorded.
+        ConfigError: the device has none.
     """
     if config.cuda_graph == "on" and device.type != "cuda":
         raise ConfigError(f"GENERAL.CUDA_GRAPH is on, but the device is {device}: train on a CUDA device, or set it to "
                           "auto.")
-    if config.cuda_graph == "on" and config.merge_batches > 1:
-        raise ConfigError(f"GENERAL.CUDA_GRAPH is on, but merged passes (MERGE_BATCHES {config.merge_batches}) cannot be "
-                          "recorded: set one of them to auto or 1.")
 
 
 def check_ranks(count: int, config: GeneralConfig) -> None:

@@ -45,9 +45,9 @@ class GeneralConfig(Section):
     """Images per forward pass."""
     samples_per_grad_eval: Count
     """Images per optimizer step; gradients are accumulated over ``samples_per_grad_eval / batch_size`` passes."""
-    merge_batches: Count = 1
-    """Of these passes, how many are run as one. Its memory grows with it; losses and gradients stay those of passes of
-    ``batch_size`` images, but for rounding."""
+    merge_batches: Count | None = None
+    """Of these passes, how many are run as one; None: as many as there is memory for when training starts. Losses and
+    gradients stay those of passes of ``batch_size`` images, but for rounding."""
     memory: Literal["store", "recompute"] = "store"
     """Whether activations are kept for the backward pass or computed again in it: more time, a fraction of the memory,
     the same gradients."""

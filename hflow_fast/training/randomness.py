@@ -12,7 +12,7 @@ from enum import IntEnum
 import numpy as np
 import torch
 
-__all__ = ["Use", "seed_generators", "seeded_generator"]
+__all__ = ["Use", "seed_generator", "seed_generators"]
 
 
 class Use(IntEnum):
@@ -41,12 +41,13 @@ def seed_generators(device: torch.device, seed: int, use: Use, *place: int) -> N
         torch.cuda.default_generators[index].manual_seed(value)
 
 
-def seeded_generator(device: torch.device, seed: int, use: Use, *place: int) -> torch.Generator:
-    """A generator of its own, which draws what the global one of ``device`` does after :func:`seed_generators`.
+def seed_generator(generator: torch.Generator, seed: int, use: Use, *place: int) -> None:
+    """Lets ``generator`` draw what the global one of its device does after :func:`seed_generators`.
 
-    For pieces of work that are done at the same time.
+    For pieces of work that are done at the same time, each with a generator of its own. A CUDA graph follows that knows
+    the generator.
     """
-    return torch.Generator(device).manual_seed(_seed_of(seed, use, *place))
+    generator.manual_seed(_seed_of(seed, use, *place))
 
 
 def _seed_of(seed: int, use: Use, *place: int) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
+from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -28,13 +30,15 @@ from .config import TrainConfig
 from .diagnosis import diagnose
 from .distributed import Ranks, fingerprints
 from .ema import update_average
+from .merging import passes_that_fit
 from .optimizer import build_optimizer, clip_and_step, learning_rates, restore, set_epoch
-from .randomness import Use, seed_generators, seeded_generator
+from .randomness import Use, seed_generator, seed_generators
 from .rotation import checkpoint_files, keep_checkpoint
 from .run import RunDirectory
 
 __all__ = ["StepResult", "Trainer"]
 
+_LOGGER = logging.getLogger(__name__)
 _INITIAL_BATCHES = 16  # batches of images behind the data-dependent initialisation, as in the original
 
 
@@ -100,6 +104,8 @@ class Trainer:
         """Of that checkpoint."""
         self.changes: list[str] = []
         """Configuration keys that have changed since then."""
+        self.merged_passes = general.merge_batches
+        """How many passes are run as one; None until the first step finds out what memory allows."""
         self.steps_per_epoch = len(dataset.train) // general.samples_per_grad_eval
         self._labels = class_labels(model, dataset.train)
         self._raw_config = config if self._labels is None else _with_class_names(config, dataset)
@@ -107,10 +113,12 @@ class Trainer:
         batches = Batches(len(dataset.train), general.samples_per_grad_eval, seed=general.seed)
         self._loader = Loader(dataset.train, batches, general.batch_size, device=device, share=self.ranks.share,
                               labels=self._labels)
-        # Merged passes draw from generators of their own, which a graph would keep at the seeds of its capture.
-        records = self.device.type == "cuda" and general.cuda_graph != "off" and general.merge_batches == 1
+        # Of merged passes, by their number in the step: always the same ones, which a CUDA graph knows.
+        self._generators: defaultdict[int, torch.Generator] = defaultdict(partial(torch.Generator, self.device))
+        records = self.device.type == "cuda" and general.cuda_graph != "off"
         self._replay: Replay[tuple[Tensor, Tensor, Tensor]] = Replay(
-            cuda_recorder if records else None, name="training", required=general.cuda_graph == "on")
+            partial(cuda_recorder, self._generators.values()) if records else None, name="training",
+            required=general.cuda_graph == "on")
         if checkpoint_files(run.checkpoint.parent):
             self._restore()
 
@@ -148,6 +156,8 @@ class Trainer:
         waited = self._loader.seconds - waited
         weight = 1.0 if epoch == 0 else general.ema_weight
         inputs = [*images, *self._loader.labels]
+        if self.merged_passes is None:
+            self.merged_passes = self._passes_that_fit(inputs)
         results = self._replay.run(partial(self._work, weight=weight), inputs, self._launches(weight), self._changed)
         self.step_count += 1
         # A recorded step writes its results into the same memory each time.
@@ -210,6 +220,7 @@ class Trainer:
             "session": self.session_state,
             "optimizer": self._optimizer.state_dict(),
             "batches": self._loader.state_dict(),
+            "merged_passes": self.merged_passes,
         }
         save_checkpoint(self.run.checkpoint, self._raw_config, self.model, self.average, training,
                         {"step": self.step_count, **notes})
@@ -227,17 +238,11 @@ class Trainer:
             Loss, gradient norm and whether the step was skipped.
         """
         loss = torch.zeros((), device=self.device)
-        own = self.ranks.share(len(self._loader.parts))
-        images, labels = inputs[:len(own)], inputs[len(own):] or [None] * len(own)
-        numbered = zip(own, images, labels)
+        numbered = self._numbered_passes(inputs)
         with getattr(self.model, "prepared", nullcontext)():  # what depends on the weights alone: once for all passes
-            while passes := list(islice(numbered, self.config.general.merge_batches)):
-                if len(passes) == 1:
-                    number, part, classes = passes[0]
-                    yield partial(self._start_noise, number)
-                    part_loss = self._pass(part, classes)
-                else:
-                    part_loss = self._merged_pass(passes)
+            while passes := list(islice(numbered, self.merged_passes)):
+                yield partial(self._start_noise, [number for number, _, _ in passes])
+                part_loss = self._merged_pass(passes) if len(passes) > 1 else self._pass(*passes[0][1:])
                 part_loss.backward()
                 loss += part_loss.detach()
         if self.ranks.count > 1:
@@ -250,7 +255,7 @@ class Trainer:
         """What the launches of :meth:`_work` depend on, beside the images' shapes; learning rates do not count."""
         parameters = tuple((parameter.data_ptr(), parameter.requires_grad) for parameter in self.model.parameters())
         choices = getattr(self.model, "launch_choices", tuple)()
-        return parameters, choices, weight, len(self._loader.parts)
+        return parameters, choices, weight, len(self._loader.parts), self.merged_passes
 
     def _changed(self) -> Iterator[Tensor]:
         """What a step changes and somebody may cache something of."""
@@ -258,9 +263,14 @@ class Trainer:
         yield from self.average.parameters()
         yield from self.average.buffers()
 
-    def _start_noise(self, number: int) -> None:
-        """The noise of a pass is the same whichever process has it, and whatever came before."""
-        seed_generators(self.device, self.config.general.seed, Use.STEP, self.step_count, number)
+    def _start_noise(self, numbers: Sequence[int]) -> None:
+        """The noise of a pass is the same whichever process has it, whatever came before, and what is run with it."""
+        place = self.config.general.seed, Use.STEP, self.step_count
+        if len(numbers) == 1:
+            seed_generators(self.device, *place, *numbers)
+            return
+        for number in numbers:
+            seed_generator(self._generators[number], *place, number)
 
     def _pass(self, images: Tensor, labels: Tensor | None) -> Tensor:
         """The loss of a pass, divided by how many make up the step."""
@@ -268,12 +278,31 @@ class Trainer:
 
     def _merged_pass(self, passes: Sequence[tuple[int, Tensor, Tensor | None]]) -> Tensor:
         """The sum of the losses of several numbered passes, run as one, each with its own noise and statistics."""
-        generators = [seeded_generator(self.device, self.config.general.seed, Use.STEP, self.step_count, number)
-                      for number, _, _ in passes]
+        generators = [self._generators[number] for number, _, _ in passes]
         images = [self._dequantize(part, own) for (_, part, _), own in zip(passes, generators)]
         labels = None if self._labels is None else torch.cat([classes for _, _, classes in passes])
         losses = self.model.loss(torch.cat(images), Noise(generators), **_given(labels))
         return losses.mean() * (len(passes) / len(self._loader.parts))
+
+    def _passes_that_fit(self, inputs: Sequence[Tensor]) -> int:
+        """How many passes of a step all processes have the memory to run as one."""
+        (number, images, labels), *others = self._numbered_passes(inputs)
+        fitting = len(self._loader.parts)
+        if others:
+            self._start_noise([number])
+            with getattr(self.model, "prepared", nullcontext)():
+                fits = passes_that_fit(lambda: self._pass(images, labels), self.config.general.memory, self.device)
+            fitting = min(fitting, fits)
+        fitting = min(self.ranks.gather(fitting))
+        if fitting > 1 and others:
+            _LOGGER.info("memory allows it: up to %d passes of %d images are run as one (MERGE_BATCHES)", fitting,
+                         self.config.general.batch_size)
+        return fitting
+
+    def _numbered_passes(self, inputs: Sequence[Tensor]) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+        """Of each pass of this process its number in the step, its images and its labels, if there are any."""
+        own = self.ranks.share(len(self._loader.parts))
+        return zip(own, inputs[:len(own)], inputs[len(own):] or [None] * len(own))
 
     def _repeated_passes(self) -> Iterator[Tensor]:
         """The passes of the last step, all of them in this process."""
@@ -297,6 +326,8 @@ class Trainer:
         load_weights(self.average, checkpoint.average, checkpoint.path)
         restore(self._optimizer, training["optimizer"], self.config.general, self.steps_per_epoch)
         self._loader.load_state_dict(training["batches"])
+        if self.merged_passes is None:  # what was found out then, so that rounding is the same from here on
+            self.merged_passes = training.get("merged_passes")
         self.step_count, self.seconds = training["step"], training["seconds"]
         self.session_state = training.get("session", {})
         self.resumed_from, self.notes = checkpoint.path, checkpoint.notes

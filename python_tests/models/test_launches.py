@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hflow_fast.configs import load_config
-from hflow_fast.models import HFlow
+from hflow_fast.models import HFlow, Noise
 
 from .calls import Calls
 
@@ -60,6 +60,21 @@ def counts() -> dict[str, Calls]:
 def test_operations(counts, part, limit):
     """Once per optimizer step "begin" and "end", which are mostly concatenations of small weights and the rotations."""
     assert limit * 0.95 < counts[part].work <= limit, counts[part].count.most_common()
+
+
+def test_merged_passes_take_hardly_more_operations_than_one(counts):
+    """A micro-batch of A-128 as one of four that run together then takes about a quarter: fewer than 1,000."""
+    torch.manual_seed(0)
+    model = HFlow.from_config(narrow_a128())
+    images = torch.rand(4, 3, 128, 128) - 0.5
+    model.initialize(images)
+    merged = Calls()
+    with model.prepared():
+        model.loss(images).mean().backward()  # leaves gradients to add to
+        with merged:
+            model.loss(images, Noise([torch.Generator() for _ in range(4)])).mean().backward()
+    one = counts["forward"].work + counts["backward"].work
+    assert one <= merged.work < 1.06 * one, (one, merged.work)
 
 
 def test_the_pieces_are_whole(counts):

@@ -100,6 +100,16 @@ def test_replays_of_the_model_give_the_same_numbers(train: Callable[..., Trainer
     assert recorded.recordings == 1
 
 
+@pytest.mark.parametrize("merged", [2, 3])
+def test_replays_of_merged_passes_draw_new_noise(train: Callable[..., Trainer], merged: int) -> None:
+    """From generators that are seeded between the legs; three passes in one leave one over."""
+    settings = {"EMA_WEIGHT": 1.0, "SAMPLES_PER_GRAD_EVAL": 8, "MERGE_BATCHES": merged, "ADDED_NOISE_STD": 0.05}
+    plain, recorded = train("a", **settings), record(train("b", **settings))
+    plain.initialize(), recorded.initialize()
+    assert_equal_runs(plain, recorded, 4)
+    assert recorded.recordings == 1 and recorded._replay.is_recorded
+
+
 @PRESETS
 def test_a_replay_counts_as_a_change_of_what_it_changes(
     train: Callable[..., Trainer], preset: str, optimizer: str

@@ -93,6 +93,6 @@ def tiny_config(**general: Any) -> dict[str, Any]:
         "LEARNING_RATE": 5e-3, "LEARNING_RATE_DECODERS": 2e-3, "LEARNING_RATE_ENCODERS": 5e-4,
         "LEARNING_RATE_DECAY_START": 10, "LEARNING_RATE_DECAY": 0.95, "LEARNING_RATE_DECAY_ENCODERS": 0.92,
         "LEARNING_RATE_CUT_ENCODERS": 60, "BATCH_SIZE": 2, "SAMPLES_PER_GRAD_EVAL": 4, "STEPS": 6,
-        "ADDED_NOISE_STD": 0.005,
+        "ADDED_NOISE_STD": 0.005, "MERGE_BATCHES": 1,
     }
     return {"GENERAL": defaults | general, "MODEL_PARAMETERS": {}, "OUTPUT": {}}
