@@ -22,9 +22,12 @@ namespace {
 
 using namespace winograd;
 
-constexpr int64_t kChunk = 48;          // tiles; a multiple of a product's rows
-constexpr int64_t kGradientChunk = 24;  // tiles that a sum of the gradient of the weights adds before it is put aside
-constexpr int64_t kGradientChunks = 8;  // transformed before their products are made
+constexpr int64_t kRows = Product<64>::kRows;  // tiles that a product takes at a time
+constexpr int64_t kChunk = 8 * kRows;          // tiles at most
+constexpr int64_t kLargeChunk = 24 * kRows;    // the same where weights are so large that reading them takes longest
+constexpr int64_t kLarge = 256 * 256;          // products of channels above which they are
+constexpr int64_t kGradientChunk = 24;         // tiles that a sum of the weights' gradient adds before it is put aside
+constexpr int64_t kGradientChunks = 8;         // transformed before their products are made
 
 // One group of a convolution: its shapes and the part of each tensor that belongs to it.
 struct Group {
@@ -73,16 +76,23 @@ class WeightPoints {
   Scratch points_;
 };
 
+// Tiles of a chunk: no more than a thread's share.
+int64_t chunk_of(const Group& group) {
+  const int64_t most = group.in.channels * group.out.channels > kLarge ? kLargeChunk : kChunk;
+  const int64_t shares = torch::stable::get_num_threads() * kRows;
+  return std::min(most, (group.tiles + shares - 1) / shares * kRows);
+}
+
 // y = weights * x + bias for one group, from image `in` to image `out`.
 void convolve(const float* x, const Image& in, const WeightPoints& weights, const float* bias, const Image& out,
               float* y, const Group& group) {
-  const int64_t chunks = (group.tiles + kChunk - 1) / kChunk;
+  const int64_t chunk_tiles = chunk_of(group), chunks = (group.tiles + chunk_tiles - 1) / chunk_tiles;
   torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
     const int64_t in_row = padded(in.channels), out_row = padded(out.channels);
-    const Scratch inputs(kPoints * spread(kChunk * in_row));
-    const Scratch outputs(kPoints * spread(kChunk * out_row));
+    const Scratch inputs(kPoints * spread(chunk_tiles * in_row));
+    const Scratch outputs(kPoints * spread(chunk_tiles * out_row));
     for (int64_t chunk = begin; chunk < end; ++chunk) {
-      const int64_t first = chunk * kChunk, last = std::min(first + kChunk, group.tiles), n = last - first;
+      const int64_t first = chunk * chunk_tiles, last = std::min(first + chunk_tiles, group.tiles), n = last - first;
       run_wide_leaf<ToPoints<InputMap, 1>::Wide>(x, in, first, last, group.zeros.data(), inputs.get());
       for (int64_t point = 0; point < kPoints; ++point)
         run_wide_leaf<Product>(Left{inputs.get() + point * spread(n * in_row), in_row, 1}, weights.at(point),
