@@ -2,8 +2,8 @@
 //
 // Winograd's F(4×4, 3×3): a quarter of the multiplications. Threads: forward, chunks of tiles, each taken through input
 // transform, 36 products and output transform while it stays in L2; the gradient of x is the same with turned weights.
-// The gradient of the weights: chunks of tiles transformed side by side, then their products point by point. Sums run in
-// an order that threads do not change. Bytes: x is read 2.25 times, y written once; weights are read once and written
+// The gradient of the weights: slices of tiles transformed side by side, then their products point by point. Sums run
+// in an order that threads do not change. Bytes: x is read 2.25 times, y written once; weights are read once and written
 // and read 4 times as large, which pays as long as there are a few dozen tiles.
 #include <torch/csrc/stable/library.h>
 
@@ -26,8 +26,10 @@ constexpr int64_t kRows = Product<64>::kRows;  // tiles that a product takes at 
 constexpr int64_t kChunk = 8 * kRows;          // tiles at most
 constexpr int64_t kLargeChunk = 24 * kRows;    // the same where weights are so large that reading them takes longest
 constexpr int64_t kLarge = 256 * 256;          // products of channels above which they are
-constexpr int64_t kGradientChunk = 24;         // tiles that a sum of the weights' gradient adds before it is put aside
-constexpr int64_t kGradientChunks = 8;         // transformed before their products are made
+// Terms of a sum in registers; fewer tiles than channels, for there are more of them to add up.
+constexpr int64_t kChannelsAtOnce = 64, kTilesAtOnce = 48;
+constexpr int64_t kSlice = 24;                 // tiles that a thread transforms at a time for the weights' gradient
+constexpr int64_t kFewestTiles = 4 * kSlice, kMostTiles = 16 * kSlice;  // transformed before their products are made
 
 // One group of a convolution: its shapes and the part of each tensor that belongs to it.
 struct Group {
@@ -93,49 +95,56 @@ void convolve(const float* x, const Image& in, const WeightPoints& weights, cons
     const Scratch outputs(kPoints * spread(chunk_tiles * out_row));
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       const int64_t first = chunk * chunk_tiles, last = std::min(first + chunk_tiles, group.tiles), n = last - first;
-      run_wide_leaf<ToPoints<InputMap, 1>::Wide>(x, in, first, last, group.zeros.data(), inputs.get());
+      run_wide_leaf<ToPoints<InputMap, 1>::Wide>(x, in, first, last, group.zeros.data(), inputs.get(), in_row,
+                                                 spread(n * in_row));
       for (int64_t point = 0; point < kPoints; ++point)
         run_wide_leaf<Product>(Left{inputs.get() + point * spread(n * in_row), in_row, 1}, weights.at(point),
                                Result{outputs.get() + point * spread(n * out_row), out_row}, n, out_row, in.channels,
-                               false);
+                               kChannelsAtOnce, false);
       run_wide_leaf<ToOutputs>(static_cast<const float*>(outputs.get()), first, last, bias, out, y);
     }
   });
 }
 
+// Floats between rows that are read in columns: an odd number of cache lines, or they would meet in a few of its sets.
+int64_t column_stride(int64_t channels) { return (padded(channels) / kWidest | 1) * kWidest; }
+
+// Tiles between two additions to the sums of the weights' gradient: where there are many channels these are larger than
+// what is added to them, and are better left in peace.
+int64_t gradient_tiles(const Group& group) {
+  const int64_t in = group.in.channels, out = group.out.channels, balanced = in * out * 3 / 2 / (in + out);
+  return std::min(std::clamp((balanced + kSlice - 1) / kSlice * kSlice, kFewestTiles, kMostTiles), group.tiles);
+}
+
 // The gradients of a group's weights, (out, 3, 3, in), and bias.
 void weight_gradient(const float* x, const float* grad_y, const Group& group, float* grad_weight, float* grad_bias) {
   const Image &in = group.in, &out = group.out;
-  const int64_t in_row = padded(in.channels), out_row = padded(out.channels);
-  const int64_t chunk_in = kPoints * spread(kGradientChunk * in_row);
-  const int64_t chunk_out = kPoints * spread(kGradientChunk * out_row), point_floats = spread(out.channels * in_row);
-  const int64_t chunks = (group.tiles + kGradientChunk - 1) / kGradientChunk;
-  const int64_t at_once = std::min(chunks, kGradientChunks);
-  const Scratch inputs(at_once * chunk_in), gradients(at_once * chunk_out), sums(kPoints * point_floats);
+  const int64_t in_row = padded(in.channels), in_stride = column_stride(in.channels);
+  const int64_t out_stride = column_stride(out.channels), at_once = gradient_tiles(group);
+  const int64_t in_floats = spread(at_once * in_stride), out_floats = spread(at_once * out_stride);
+  const int64_t point_floats = spread(out.channels * in_row);
+  const Scratch inputs(kPoints * in_floats), gradients(kPoints * out_floats), sums(kPoints * point_floats);
   std::vector<double> bias(out.channels);
-  for (int64_t begin = 0; begin < chunks; begin += at_once) {
-    const int64_t count = std::min(at_once, chunks - begin);
-    const auto first_of = [&](int64_t chunk) { return (begin + chunk) * kGradientChunk; };
-    const auto last_of = [&](int64_t chunk) { return std::min(first_of(chunk) + kGradientChunk, group.tiles); };
-    torch::stable::parallel_for(0, count, 1, [&](int64_t from, int64_t to) {
-      for (int64_t chunk = from; chunk < to; ++chunk) {
-        run_wide_leaf<ToPoints<InputMap, 1>::Wide>(x, in, first_of(chunk), last_of(chunk), group.zeros.data(),
-                                                   inputs.get() + chunk * chunk_in);
-        run_wide_leaf<ToPoints<OutputGradientMap, 0>::Wide>(grad_y, out, first_of(chunk), last_of(chunk),
-                                                            group.zeros.data(), gradients.get() + chunk * chunk_out);
+  for (int64_t begin = 0; begin < group.tiles; begin += at_once) {
+    const int64_t tiles = std::min(at_once, group.tiles - begin);
+    torch::stable::parallel_for(0, (tiles + kSlice - 1) / kSlice, 1, [&](int64_t from, int64_t to) {
+      for (int64_t tile = from * kSlice, end = std::min(to * kSlice, tiles); tile < end; tile += kSlice) {
+        const int64_t first = begin + tile, last = begin + std::min(tile + kSlice, tiles);
+        run_wide_leaf<ToPoints<InputMap, 1>::Wide>(x, in, first, last, group.zeros.data(),
+                                                   inputs.get() + tile * in_stride, in_stride, in_floats);
+        run_wide_leaf<ToPoints<OutputGradientMap, 0>::Wide>(grad_y, out, first, last, group.zeros.data(),
+                                                            gradients.get() + tile * out_stride, out_stride,
+                                                            out_floats);
       }
     });
     torch::stable::parallel_for(0, kPoints, 1, [&](int64_t from, int64_t to) {
-      for (int64_t point = from; point < to; ++point)
-        for (int64_t chunk = 0; chunk < count; ++chunk) {
-          const int64_t tiles = last_of(chunk) - first_of(chunk);
-          const float* rows = gradients.get() + chunk * chunk_out + point * spread(tiles * out_row);
-          const float* columns = inputs.get() + chunk * chunk_in + point * spread(tiles * in_row);
-          run_wide_leaf<Product>(Left{rows, 1, out_row}, Right{columns, in_row, kPanel},
-                                 Result{sums.get() + point * point_floats, in_row}, out.channels, in_row, tiles,
-                                 begin + chunk > 0);
-          if (point == kSumPoint) run_leaf<AddRows>(rows, tiles, out.channels, bias.data());
-        }
+      for (int64_t point = from; point < to; ++point) {
+        const float *rows = gradients.get() + point * out_floats, *columns = inputs.get() + point * in_floats;
+        run_wide_leaf<Product>(Left{rows, 1, out_stride}, Right{columns, in_stride, kPanel},
+                               Result{sums.get() + point * point_floats, in_row}, out.channels, in_row, tiles,
+                               kTilesAtOnce, begin > 0);
+        if (point == kSumPoint) run_leaf<AddRows>(rows, out_stride, tiles, out.channels, bias.data());
+      }
     });
   }
   parallel_units(out.channels, kPoints * in_row, [&](int64_t o) {

@@ -22,13 +22,12 @@ struct Result {
 };
 
 // result (+)= left · right. Blocks of 6 rows by up to 4 vectors (2 where there are 16 registers) stay in registers over
-// kBlock terms, whose part of a panel stays in L1; so sums are short, and rounding stays small, too.
+// `at_once` terms, whose part of a panel stays in L1; so sums are short, and rounding stays small, too.
 template <int Bytes>
 struct Product {
   using L = Lanes<Bytes>;
   using V = typename L::Vector;
   static constexpr int kRows = 6, kVectors = Bytes == 64 ? 4 : 2;
-  static constexpr int64_t kBlock = 64;
 
   template <int Rows, int Vectors>
   HFLOW_LEAF void block(Left left, Right right, Result result, int64_t terms, bool add) {
@@ -71,10 +70,11 @@ struct Product {
   }
 
   // `n`, the columns, are whole vectors of the widest kind; the right factor has them in panels of kPanel.
-  HFLOW_LEAF void run(Left left, Right right, Result result, int64_t rows, int64_t n, int64_t terms, bool add) {
-    for (int64_t k = 0; k < terms; k += kBlock) {
+  HFLOW_LEAF void run(Left left, Right right, Result result, int64_t rows, int64_t n, int64_t terms, int64_t at_once,
+                      bool add) {
+    for (int64_t k = 0; k < terms; k += at_once) {
       const Left part{left.data + k * left.k_stride, left.row_stride, left.k_stride};
-      const int64_t count = std::min(kBlock, terms - k);
+      const int64_t count = std::min(at_once, terms - k);
       for (int64_t c = 0; c < n; c += kVectors * L::kWidth) {
         const float* panel = right.data + c / kPanel * right.panel_stride + c % kPanel + k * right.k_stride;
         const Right some{panel, right.k_stride, 0};

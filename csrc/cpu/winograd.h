@@ -115,8 +115,8 @@ HFLOW_LEAF void transform(const Read& read, const Write& write) {
   }
 }
 
-// Tiles [first, last) of an image, which reach Border pixels beyond their outputs, to all points. What lies outside the
-// image reads `zeros`.
+// Tiles [first, last) of an image, which reach Border pixels beyond their outputs, to all points: rows `row_floats`
+// apart, points `point_floats`. What lies outside the image reads `zeros`.
 template <class Map, int64_t Border>
 struct ToPoints {
   template <int Bytes>
@@ -124,18 +124,18 @@ struct ToPoints {
     using L = Lanes<Bytes>;
     using V = typename L::Vector;
 
-    HFLOW_LEAF void run(const float* x, Image image, int64_t first, int64_t last, const float* zeros, float* points) {
-      const int64_t row_floats = padded(image.channels), point_floats = spread((last - first) * row_floats);
+    HFLOW_LEAF void run(const float* x, Image image, int64_t first, int64_t last, const float* zeros, float* points,
+                        int64_t row_floats, int64_t point_floats) {
       for (int64_t tile = first; tile < last; ++tile, points += row_floats) {
         const Corner corner(image, tile);
         const float* pixels[Map::from][Map::from];
-        for (int64_t i = 0; i < Map::from; ++i)
-          for (int64_t j = 0; j < Map::from; ++j) {
-            const int64_t row = corner.row - Border + i, column = corner.column - Border + j;
-            const bool inside = row >= 0 && row < image.height && column >= 0 && column < image.width;
-            pixels[i][j] =
-                inside ? x + ((corner.sample * image.height + row) * image.width + column) * image.stride : zeros;
-          }
+        for (int64_t i = 0; i < Map::from; ++i) {
+          const int64_t row = corner.row - Border + i, column = corner.column - Border;
+          const bool is_row = row >= 0 && row < image.height;
+          const float* pixel = x + ((corner.sample * image.height + row) * image.width + column) * image.stride;
+          for (int64_t j = 0; j < Map::from; ++j, pixel += image.stride)
+            pixels[i][j] = is_row && column + j >= 0 && column + j < image.width ? pixel : zeros;
+        }
         for (int64_t c = 0; c < image.channels; c += L::kWidth)
           transform<Map, V>(
               [&](int row, int column, V& value) __attribute__((always_inline)) {
@@ -212,10 +212,10 @@ struct ToTaps {
   }
 };
 
-// sums[c] += Σ rows[i][c], the rows padded.
+// sums[c] += Σ rows[i][c].
 struct AddRows {
-  HFLOW_LEAF void run(const float* rows, int64_t count, int64_t channels, double* sums) {
-    for (int64_t i = 0; i < count; ++i, rows += padded(channels))
+  HFLOW_LEAF void run(const float* rows, int64_t row_floats, int64_t count, int64_t channels, double* sums) {
+    for (int64_t i = 0; i < count; ++i, rows += row_floats)
       for (int64_t c = 0; c < channels; ++c) sums[c] += static_cast<double>(rows[c]);
   }
 };
