@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -18,10 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from .._replay import Replay, cuda_recorder
-from ..data import Batches, ImageDataset, Loader, dequantize
+from ..data import Batches, ImageDataset, Loader
 from ..data.classes import class_labels, number_of_classes
 from ..errors import CheckpointError, DatasetError
-from ..models import Noise
 from ..nn import initialize_locally, set_recompute
 from .changes import check_changes
 from .checkpoint import load_weights, read_checkpoint, save_checkpoint
@@ -30,9 +28,9 @@ from .config import TrainConfig
 from .diagnosis import diagnose
 from .distributed import Ranks, fingerprints
 from .ema import update_average
-from .merging import passes_that_fit
 from .optimizer import build_optimizer, clip_and_step, learning_rates, restore, set_epoch
-from .randomness import Use, seed_generator, seed_generators
+from .passes import Pass, Passes
+from .randomness import Use, seed_generators
 from .rotation import checkpoint_files, keep_checkpoint
 from .run import RunDirectory
 
@@ -113,11 +111,10 @@ class Trainer:
         batches = Batches(len(dataset.train), general.samples_per_grad_eval, seed=general.seed)
         self._loader = Loader(dataset.train, batches, general.batch_size, device=device, share=self.ranks.share,
                               labels=self._labels)
-        # Of merged passes, by their number in the step: always the same ones, which a CUDA graph knows.
-        self._generators: defaultdict[int, torch.Generator] = defaultdict(partial(torch.Generator, self.device))
+        self._passes = Passes(self.model, general, self.device)
         records = self.device.type == "cuda" and general.cuda_graph != "off"
         self._replay: Replay[tuple[Tensor, Tensor, Tensor]] = Replay(
-            partial(cuda_recorder, self._generators.values()) if records else None, name="training",
+            partial(cuda_recorder, self._passes.generators) if records else None, name="training",
             required=general.cuda_graph == "on")
         if checkpoint_files(run.checkpoint.parent):
             self._restore()
@@ -157,7 +154,7 @@ class Trainer:
         weight = 1.0 if epoch == 0 else general.ema_weight
         inputs = [*images, *self._loader.labels]
         if self.merged_passes is None:
-            self.merged_passes = self._passes_that_fit(inputs)
+            self.merged_passes = self._passes_that_fit(self._own_passes(inputs))
         results = self._replay.run(partial(self._work, weight=weight), inputs, self._launches(weight), self._changed)
         self.step_count += 1
         # A recorded step writes its results into the same memory each time.
@@ -220,7 +217,7 @@ class Trainer:
             "session": self.session_state,
             "optimizer": self._optimizer.state_dict(),
             "batches": self._loader.state_dict(),
-            "merged_passes": self.merged_passes,
+            "merged_passes": self.merged_passes if self.config.general.merge_batches is None else None,
         }
         save_checkpoint(self.run.checkpoint, self._raw_config, self.model, self.average, training,
                         {"step": self.step_count, **notes})
@@ -238,11 +235,11 @@ class Trainer:
             Loss, gradient norm and whether the step was skipped.
         """
         loss = torch.zeros((), device=self.device)
-        numbered = self._numbered_passes(inputs)
+        passes = iter(self._own_passes(inputs))
         with getattr(self.model, "prepared", nullcontext)():  # what depends on the weights alone: once for all passes
-            while passes := list(islice(numbered, self.merged_passes)):
-                yield partial(self._start_noise, [number for number, _, _ in passes])
-                part_loss = self._merged_pass(passes) if len(passes) > 1 else self._pass(*passes[0][1:])
+            while merged := list(islice(passes, self.merged_passes)):
+                yield partial(self._start_noise, merged)
+                part_loss = self._passes.loss(merged)
                 part_loss.backward()
                 loss += part_loss.detach()
         if self.ranks.count > 1:
@@ -263,52 +260,29 @@ class Trainer:
         yield from self.average.parameters()
         yield from self.average.buffers()
 
-    def _start_noise(self, numbers: Sequence[int]) -> None:
-        """The noise of a pass is the same whichever process has it, whatever came before, and what is run with it."""
-        place = self.config.general.seed, Use.STEP, self.step_count
-        if len(numbers) == 1:
-            seed_generators(self.device, *place, *numbers)
-            return
-        for number in numbers:
-            seed_generator(self._generators[number], *place, number)
+    def _start_noise(self, passes: Sequence[Pass]) -> None:
+        self._passes.start_noise(self.step_count, passes)  # that of the step which a recording is replayed in
 
-    def _pass(self, images: Tensor, labels: Tensor | None) -> Tensor:
-        """The loss of a pass, divided by how many make up the step."""
-        return self.model.loss(self._dequantize(images), **_given(labels)).mean() / len(self._loader.parts)
+    def _own_passes(self, inputs: Sequence[Tensor]) -> list[Pass]:
+        """This process's passes of a step, given their images and then, if there are any, their labels."""
+        own = self.ranks.share(len(self._loader.parts))
+        return list(map(Pass, own, inputs[:len(own)], inputs[len(own):] or [None] * len(own)))
 
-    def _merged_pass(self, passes: Sequence[tuple[int, Tensor, Tensor | None]]) -> Tensor:
-        """The sum of the losses of several numbered passes, run as one, each with its own noise and statistics."""
-        generators = [self._generators[number] for number, _, _ in passes]
-        images = [self._dequantize(part, own) for (_, part, _), own in zip(passes, generators)]
-        labels = None if self._labels is None else torch.cat([classes for _, _, classes in passes])
-        losses = self.model.loss(torch.cat(images), Noise(generators), **_given(labels))
-        return losses.mean() * (len(passes) / len(self._loader.parts))
-
-    def _passes_that_fit(self, inputs: Sequence[Tensor]) -> int:
-        """How many passes of a step all processes have the memory to run as one."""
-        (number, images, labels), *others = self._numbered_passes(inputs)
-        fitting = len(self._loader.parts)
-        if others:
-            self._start_noise([number])
-            with getattr(self.model, "prepared", nullcontext)():
-                fits = passes_that_fit(lambda: self._pass(images, labels), self.config.general.memory, self.device)
-            fitting = min(fitting, fits)
-        fitting = min(self.ranks.gather(fitting))
-        if fitting > 1 and others:
+    def _passes_that_fit(self, own: Sequence[Pass]) -> int:
+        """How many passes all processes have the memory to run as one."""
+        count = len(self._loader.parts)
+        fitting = min(self.ranks.gather(min(count, self._passes.that_fit(own[0])) if len(own) > 1 else count))
+        if fitting > 1 and len(own) > 1:
             _LOGGER.info("memory allows it: up to %d passes of %d images are run as one (MERGE_BATCHES)", fitting,
                          self.config.general.batch_size)
         return fitting
 
-    def _numbered_passes(self, inputs: Sequence[Tensor]) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-        """Of each pass of this process its number in the step, its images and its labels, if there are any."""
-        own = self.ranks.share(len(self._loader.parts))
-        return zip(own, inputs[:len(own)], inputs[len(own):] or [None] * len(own))
-
     def _repeated_passes(self) -> Iterator[Tensor]:
         """The passes of the last step, all of them in this process."""
         for number, part in enumerate(self._loader.parts):
-            seed_generators(self.device, self.config.general.seed, Use.STEP, self.step_count - 1, number)
-            yield self._pass(self.dataset.train[part], self._labels_of(part))
+            passes = [Pass(number, self.dataset.train[part], self._labels_of(part))]
+            self._passes.start_noise(self.step_count - 1, passes)
+            yield self._passes.loss(passes)
 
     def _labels_of(self, indices: Tensor) -> Tensor | None:
         return None if self._labels is None else self._labels[indices].to(self.device)
@@ -339,7 +313,8 @@ class Trainer:
         choice = order[:count].sort().values
         seed_generators(self.device, general.seed, Use.INITIALIZATION)
         with initialize_locally():  # one process does this for all
-            self.model.initialize(self._dequantize(self.dataset.train[choice]), **_given(self._labels_of(choice)))
+            labels = {} if self._labels is None else {"labels": self._labels_of(choice)}
+            self.model.initialize(self._passes.dequantize(self.dataset.train[choice]), **labels)
 
     def _gradients(self) -> list[Tensor]:
         """The gradients that all processes have; a parameter that got none here counts as zero."""
@@ -355,18 +330,8 @@ class Trainer:
         average = {f"the average of {name}": value for name, value in fingerprints(self.average).items()}
         self.ranks.check_equal({"the step": self.step_count, **fingerprints(self.model), **average})
 
-    def _dequantize(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        general = self.config.general
-        return dequantize(images.to(self.device), bits=general.discretization_bits,
-                          noise_std=general.added_noise_std, flip=general.horizontal_flips, generator=generator)
-
 
 def _with_class_names(config: dict[str, Any], dataset: ImageDataset) -> dict[str, Any]:
     """What every checkpoint says: whoever samples from it has names for the classes without the dataset."""
     names = config["GENERAL"].get("CLASS_NAMES") or dataset.classes
     return config | {"GENERAL": config["GENERAL"] | {"CLASS_NAMES": names}}
-
-
-def _given(labels: Tensor | None) -> dict[str, Tensor]:
-    """What a pass of a class-conditional model is given beside the images; nothing for other models."""
-    return {} if labels is None else {"labels": labels}

@@ -13,7 +13,7 @@ from hflow_fast.configs import load_config
 from hflow_fast.data import ImageDataset
 from hflow_fast.errors import ConfigError
 from hflow_fast.models import HFlow
-from hflow_fast.training import RunDirectory, TrainConfig, Trainer, merging
+from hflow_fast.training import RunDirectory, TrainConfig, Trainer, passes
 from hflow_fast.training.changes import check_changes
 from hflow_fast.training.distributed import Ranks
 from hflow_fast.training.randomness import Use, seed_generator, seed_generators
@@ -76,7 +76,7 @@ def test_a_generator_of_its_own_draws_the_same() -> None:
 @pytest.fixture
 def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
     """Sets how much memory there seems to be."""
-    return lambda count: monkeypatch.setattr(merging, "free_bytes", lambda device: count)
+    return lambda count: monkeypatch.setattr(passes, "free_bytes", lambda device: count)
 
 
 def pass_bytes(model: HFlow) -> int:
@@ -140,7 +140,7 @@ def test_processes_merge_what_all_have_memory_for(
 
 
 def test_a_step_of_one_pass_looks_for_no_memory(make_trainer, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(merging, "free_bytes", None)
+    monkeypatch.setattr(passes, "free_bytes", None)
     trainer = make_trainer(tmp_path / "run", BATCH_SIZE=4, MERGE_BATCHES=None)
     trainer.step()
     assert trainer.merged_passes == 1

@@ -50,7 +50,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path: Path, make
     models = []
     for batch_size in (1, 2, 4):
         trainer = make_trainer(tmp_path / str(batch_size), BATCH_SIZE=batch_size, **plain)
-        trainer._dequantize = lambda images: images / 255 - 0.5  # the noise would depend on the passes
+        trainer._passes.dequantize = lambda images: images / 255 - 0.5  # the noise would depend on the passes
         trainer.step()
         models.append(trainer.model)
     for model in models[1:]:
