@@ -11,8 +11,8 @@ First, losses and every gradient are compared, without noise, in float64. Then a
 - encoding: --batch images to latents.
 - memory: peak of a training step in a process of its own, above what the imports take.
 
-Like hflow-fast, our sides keep memory of the processor that they free (hflow_fast.keep_freed_memory); the original,
-which sets nothing, returns it. With MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=99999999999 before the command, all keep it.
+Like hflow-fast, our sides but recompute keep memory of the processor that they free (hflow_fast.keep_freed_memory); the
+original, which sets nothing, returns it. With MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=99999999999 before the command, all keep it.
 
 Ours comes in modes: plain (every pass computes its own weights), prepared (once per step, as the trainer does),
 channels_last (prepared, with weights and so everything else in that format: the trainer's choice with AVX2 or more), bf16
@@ -152,6 +152,7 @@ class Ours:
         self.plain, self.merge = "plain" in modes, "merge" in modes
         self.noise = Noise([None] * groups) if self.merge else True
         set_recompute(self.model, "recompute" in modes)
+        self.keeps_freed_memory = "recompute" not in modes
         self.general = TrainConfig.from_config(config).general
         self.optimizer = build_optimizer(model.parameter_groups(), self.general)
         self.average = copy.deepcopy(model).requires_grad_(False)
@@ -264,7 +265,7 @@ def peak_memory(side: str, options: argparse.Namespace) -> float:
 
 
 def own_memory(side: str, options: argparse.Namespace) -> float:
-    keep_freed_memory(side != "original")
+    keep_freed_memory(side != "original" and "recompute" not in side)
     before = 0.0 if options.device.type == "cuda" else resident("VmRSS")
     if side == "original":
         runner = Original(options.original, options.settings, options.device)
@@ -324,7 +325,7 @@ def measure(options: argparse.Namespace) -> tuple[dict[str, float], dict[str, di
 
 
 def turn(side: Original | Ours, work: str, argument: Any) -> None:
-    keep_freed_memory(isinstance(side, Ours))
+    keep_freed_memory(getattr(side, "keeps_freed_memory", False))
     getattr(side, work)(argument)
 
 

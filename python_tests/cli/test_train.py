@@ -56,6 +56,14 @@ def test_cuda_graphs_want_a_gpu(data: Path, copy: Path, tmp_path: Path) -> None:
     assert json.loads((copy / "config.json").read_text())["GENERAL"]["CUDA_GRAPH"] == "off"
 
 
+def test_freed_memory_is_kept_unless_memory_is_scarce(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[bool] = []
+    monkeypatch.setattr(sys.modules["hflow_fast.cli.train"], "keep_freed_memory", kept.append)
+    for memory in ("store", "recompute"):
+        assert hflow_fast("train", "--run", copy, "--resume", "--memory", memory).exit_code == 0
+    assert kept == [True, False]
+
+
 def test_runs_without_a_name_are_numbered(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for number in (1, 2):
