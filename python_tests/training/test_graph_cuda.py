@@ -75,22 +75,14 @@ def test_a_captured_step_gives_the_same_numbers(make: Callable[..., Trainer]) ->
     assert recorded == [*[False] * (3 + WARM_UP), *[True] * (9 - WARM_UP), *[False] * WARM_UP, *[True] * (6 - WARM_UP)]
 
 
-@pytest.mark.parametrize("merged", [2, 3])
-def test_captured_merged_passes_give_the_same_numbers(make: Callable[..., Trainer], merged: int) -> None:
-    """Each with new noise in each step; three of four passes in one leave one over."""
-    settings = {"EMA_WEIGHT": 1.0, "SAMPLES_PER_GRAD_EVAL": 8, "MERGE_BATCHES": merged, "ADDED_NOISE_STD": 0.05}
-    plain, graphed = make("off", **settings), make("on", **settings)
-    for _ in range(WARM_UP + 5):
-        expected, result = plain.step(), graphed.step()
-        torch.testing.assert_close(result.loss, expected.loss, rtol=1e-3, atol=1e-4)
-    assert graphed._replay.is_recorded
-    assert_close(graphed, plain)
-
-
-def test_a_captured_step_of_glow_gives_the_same_numbers(make: Callable[..., Trainer]) -> None:
-    """With its Adamax, whose number of steps and warmed-up rate the replays follow."""
-    settings = {"preset": "glow-tiny-16", "OPTIMIZER": "adamax", "WARMUP_EPOCHS": 2, "EMA_WEIGHT": 1.0}
-    plain, graphed = make("off", **settings), make("on", **settings)
+@pytest.mark.parametrize("settings", [
+    {"preset": "glow-tiny-16", "OPTIMIZER": "adamax", "WARMUP_EPOCHS": 2},
+    {"SAMPLES_PER_GRAD_EVAL": 8, "MERGE_BATCHES": 2, "ADDED_NOISE_STD": 0.05},
+    {"SAMPLES_PER_GRAD_EVAL": 8, "MERGE_BATCHES": 3, "ADDED_NOISE_STD": 0.05},
+], ids=["glow", "pairs of passes", "three of four passes"])  # fmt: skip
+def test_replays_follow_the_step(make: Callable[..., Trainer], settings: dict[str, Any]) -> None:
+    """Glow's Adamax the number of steps and the warmed-up rate; merged passes their noise, each its own."""
+    plain, graphed = make("off", EMA_WEIGHT=1.0, **settings), make("on", EMA_WEIGHT=1.0, **settings)
     for _ in range(WARM_UP + 5):
         expected, result = plain.step(), graphed.step()
         torch.testing.assert_close(result.loss, expected.loss, rtol=1e-3, atol=1e-4)
