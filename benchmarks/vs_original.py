@@ -12,7 +12,8 @@ First, losses and every gradient are compared, without noise, in float64. Then a
 - memory: peak of a training step in a process of its own, above what the imports take.
 
 Like hflow-fast, our sides but recompute keep memory of the processor that they free (hflow_fast.keep_freed_memory); the
-original, which sets nothing, returns it. With MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=99999999999 before the command, all keep it.
+original, which sets nothing, returns it. With MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=99999999999 before the command,
+all keep it.
 
 Ours comes in modes: plain (every pass computes its own weights), prepared (once per step, as the trainer does),
 channels_last (prepared, with weights and so everything else in that format: the trainer's choice with AVX2 or more), bf16
@@ -152,7 +153,6 @@ class Ours:
         self.plain, self.merge = "plain" in modes, "merge" in modes
         self.noise = Noise([None] * groups) if self.merge else True
         set_recompute(self.model, "recompute" in modes)
-        self.keeps_freed_memory = "recompute" not in modes
         self.general = TrainConfig.from_config(config).general
         self.optimizer = build_optimizer(model.parameter_groups(), self.general)
         self.average = copy.deepcopy(model).requires_grad_(False)
@@ -265,7 +265,7 @@ def peak_memory(side: str, options: argparse.Namespace) -> float:
 
 
 def own_memory(side: str, options: argparse.Namespace) -> float:
-    keep_freed_memory(side != "original" and "recompute" not in side)
+    keep_or_return_memory(side)
     before = 0.0 if options.device.type == "cuda" else resident("VmRSS")
     if side == "original":
         runner = Original(options.original, options.settings, options.device)
@@ -311,7 +311,7 @@ def measure(options: argparse.Namespace) -> tuple[dict[str, float], dict[str, di
         else:
             argument = {"training": parts, "sampling": options.batch, "encoding": x}[work]
             warm_up = WARM_UP + 2 if options.device.type == "cuda" else 1
-            times = time_in_turn({name: lambda side=side: turn(side, work, argument) for name, side in sides.items()},
+            times = time_in_turn({name: lambda name=name: turn(name, sides[name], work, argument) for name in sides},
                                  options.device, options.repeats, warm_up)  # fmt: skip
             results[work] = {name: quantiles(values) for name, values in times.items()}
         report(work, results[work])
@@ -324,9 +324,14 @@ def measure(options: argparse.Namespace) -> tuple[dict[str, float], dict[str, di
     return differences, results
 
 
-def turn(side: Original | Ours, work: str, argument: Any) -> None:
-    keep_freed_memory(getattr(side, "keeps_freed_memory", False))
+def turn(name: str, side: Original | Ours, work: str, argument: Any) -> None:
+    keep_or_return_memory(name)
     getattr(side, work)(argument)
+
+
+def keep_or_return_memory(side: str) -> None:
+    """As the program that the side stands for does with what it frees."""
+    keep_freed_memory(not side.startswith("original") and "recompute" not in side)
 
 
 def report(work: str, sides: Mapping[str, list[float]]) -> None:

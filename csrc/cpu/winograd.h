@@ -132,9 +132,9 @@ struct ToPoints {
         for (int64_t i = 0; i < Map::from; ++i) {
           const int64_t row = corner.row - Border + i, column = corner.column - Border;
           const bool is_row = row >= 0 && row < image.height;
-          const float* pixel = x + ((corner.sample * image.height + row) * image.width + column) * image.stride;
+          int64_t pixel = ((corner.sample * image.height + row) * image.width + column) * image.stride;
           for (int64_t j = 0; j < Map::from; ++j, pixel += image.stride)
-            pixels[i][j] = is_row && column + j >= 0 && column + j < image.width ? pixel : zeros;
+            pixels[i][j] = is_row && column + j >= 0 && column + j < image.width ? x + pixel : zeros;
         }
         for (int64_t c = 0; c < image.channels; c += L::kWidth)
           transform<Map, V>(

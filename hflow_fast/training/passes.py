@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Iterable, NamedTuple, Sequence
 
@@ -58,6 +58,10 @@ class Passes:
         """Those that merged passes have drawn from so far, and will have."""
         return self._generators.values()
 
+    def prepared(self) -> AbstractContextManager[object]:
+        """Within it, what depends on the weights alone is computed once for all passes, if the model can do so."""
+        return getattr(self._model, "prepared", nullcontext)()
+
     def start_noise(self, step: int, passes: Sequence[Pass]) -> None:
         """Seeds what :meth:`loss` of the same passes draws from.
 
@@ -98,7 +102,7 @@ class Passes:
         if left is None:
             return 1
         self.start_noise(0, [example])
-        with getattr(self._model, "prepared", nullcontext)(), SavedBytes() as kept:
+        with self.prepared(), SavedBytes() as kept:
             result = self.loss([example])
         pass_bytes = _PEAK_OVER_KEPT[self._config.memory] * kept.total
         del result

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -236,7 +235,7 @@ class Trainer:
         """
         loss = torch.zeros((), device=self.device)
         passes = iter(self._own_passes(inputs))
-        with getattr(self.model, "prepared", nullcontext)():  # what depends on the weights alone: once for all passes
+        with self._passes.prepared():
             while merged := list(islice(passes, self.merged_passes)):
                 yield partial(self._start_noise, merged)
                 part_loss = self._passes.loss(merged)
