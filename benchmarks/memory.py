@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hflow_fast.bench.memory import SavedBytes, peak_bytes
+from hflow_fast._memory import SavedBytes, peak_bytes
 from hflow_fast.bench.results import append_csv, provenance
 from hflow_fast.models import HFlow, Noise
 from hflow_fast.nn import set_recompute

@@ -119,7 +119,7 @@ def pieces(parts: Iterable[Part], x: Tensor) -> list[Piece]:
         if not isinstance(part, list):
             found.append(part)
             continue
-        behind_coupling = bool(found) and isinstance(found[-1], Coupling)
+        behind_coupling = len(found) > 0 and isinstance(found[-1], Coupling)
         if not any(isinstance(link, Map) and link.layer.mixes for link in part):
             if part[0].channels > _MIXED_CHANNELS or (len(part) == 1 and not behind_coupling):
                 found += map(_on_its_own, part)

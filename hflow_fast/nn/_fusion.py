@@ -60,7 +60,9 @@ class Step(NamedTuple):
     @property
     def folds(self) -> bool:
         """Whether there are maps to fold: not for one alone that knows a quicker way."""
-        return len(self.maps) > 1 or bool(self.maps) and (self.first is not None or self.maps[0].alone is None)
+        if len(self.maps) == 1:
+            return self.first is not None or self.maps[0].alone is None
+        return len(self.maps) > 1
 
 
 def pieces_of(layer: nn.Module, inverse: bool, context: Tensor | None = None) -> list[Piece]:

@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from hflow_fast._extension import build_info, has_kernel
 from hflow_fast.ops._registration import format_of, register
 
-__all__ = ["conv3x3", "is_quick"]
+__all__ = ["conv3x3", "is_quick", "wants_more_than_a_kernel"]
 
 _WANTED = os.environ.get("HFLOW_FAST_WINOGRAD", "1") != "0"
 _TILE = 4
@@ -53,7 +53,7 @@ def is_quick() -> bool:
 
 
 def _pays(x: torch.Tensor, weight: torch.Tensor, groups: int) -> bool:
-    if x.device.type != "cpu" or not _WANTED or _wants_more_than_a_kernel() or format_of(x) != torch.channels_last:
+    if x.device.type != "cpu" or not _WANTED or wants_more_than_a_kernel() or format_of(x) != torch.channels_last:
         return False
     outputs, inputs = weight.shape[0] // groups, weight.shape[1]
     tiles = x.shape[0] * -(-x.shape[2] // _TILE) * -(-x.shape[3] // _TILE)
@@ -61,7 +61,7 @@ def _pays(x: torch.Tensor, weight: torch.Tensor, groups: int) -> bool:
     return min(outputs, inputs) >= _FEWEST_CHANNELS and tiles >= enough and has_kernel("conv3x3", x.device)
 
 
-def _wants_more_than_a_kernel() -> bool:
+def wants_more_than_a_kernel() -> bool:
     """Autocast, function transforms and forward mode are served by PyTorch's convolution."""
     return (torch.is_autocast_enabled("cpu") or torch._C._are_functorch_transforms_active()
             or forward_ad._current_level >= 0)  # fmt: skip

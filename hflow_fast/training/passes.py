@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .._allocator import free_bytes
-from ..bench.memory import SavedBytes
+from .._memory import SavedBytes
 from ..data import dequantize
 from ..models import Noise
 from .config import GeneralConfig

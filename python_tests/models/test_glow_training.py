@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from hflow_fast.bench.memory import SavedBytes
+from hflow_fast._memory import SavedBytes
 from hflow_fast.models import Glow
 from hflow_fast.models.glow import network
 from hflow_fast.nn import set_recompute

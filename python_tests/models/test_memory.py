@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from hflow_fast.bench.memory import SavedBytes, peak_bytes
+from hflow_fast._memory import SavedBytes, peak_bytes
 from hflow_fast.models import HFlow, Noise
 from hflow_fast.nn import set_recompute
 

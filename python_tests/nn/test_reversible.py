@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hflow_fast.bench.memory import SavedBytes, peak_bytes
+from hflow_fast._memory import SavedBytes, peak_bytes
 from hflow_fast.nn import (
     ActNorm, AffineCoupling, CouplingSpec, FlowStep, Haar, InvConv1x1, Reversible, Sequential, Squeeze,
 )  # fmt: skip

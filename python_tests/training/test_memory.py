@@ -8,7 +8,7 @@ from typing import Any, Callable
 import pytest
 import torch
 
-from hflow_fast.bench.memory import SavedBytes
+from hflow_fast._memory import SavedBytes
 from hflow_fast.configs import load_config
 from hflow_fast.data import ImageDataset
 from hflow_fast.errors import ConfigError

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...nn._data_init import channel_statistics
 from ...ops import bias_act
-from ..precision import conv2d, convolution_adds_bias
+from ..precision import activate, conv2d, convolution_adds_bias
 from .folding import Folding
 
 __all__ = [
@@ -131,8 +131,9 @@ def coupling_network(x: Tensor, frame: Tensor | None, weight1: Tensor, bias1: Te
     return convolve(_rectified(x, weight2, bias2), weight3, bias3)
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, frame: Tensor | None = None) -> Tensor:
-    """A same-size convolution.
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, frame: Tensor | None = None, *,
+             rectified: bool = False) -> Tensor:
+    """A same-size convolution, and a ReLU where ``rectified``.
 
     Args:
         bias: (out,) or (out, R, R).
@@ -142,9 +143,10 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, frame: Tensor | Non
     if frame is not None:
         frame = frame.to(x.dtype).expand(x.shape[0], -1, -1, -1)
         x, padding = torch.cat([F.pad(x, (1, 1, 1, 1)), frame], dim=1), 0
+    activation = "leaky_relu" if rectified else "linear"  # its slope is 0
     if bias is None or bias.dim() == 1:
-        return conv2d(x, weight, bias, padding, groups=1)
-    return conv2d(x, weight, None, padding, groups=1).add_(bias)
+        return conv2d(x, weight, bias, padding, activation=activation)
+    return activate(conv2d(x, weight, None, padding).add_(bias), activation, 0.0)
 
 
 def padding_frame(resolution: int) -> Tensor:
@@ -163,7 +165,7 @@ def on_padding(kernels: Tensor, taps: Tensor) -> Tensor:
 
 
 def _rectified(x: Tensor, weight: Tensor, bias: Tensor, frame: Tensor | None = None) -> Tensor:
-    """A convolution and a ReLU, in place on the fresh output, which nothing else needs."""
+    """A convolution and a ReLU."""
     if convolution_adds_bias(x):
-        return torch.relu_(convolve(x, weight, bias, frame))
+        return convolve(x, weight, bias, frame, rectified=True)
     return bias_act(convolve(x, weight, None, frame), bias, activation="leaky_relu", slope=0.0)

@@ -57,7 +57,7 @@ class ConditionalFlow(Recomputable):
         contexts = self._embed(context)
         # Split at once, so that the gradients of all steps are put together in one pass.
         (weight, *weights), (bias, *biases) = maps.weights.unbind(), maps.biases.unbind()
-        x, *terms = _affine_then_map(x, start, weight, bias, inverse=True)
+        x, terms = _affine_then_map(x, start, weight, bias, inverse=True)
         for network, spec, own_context, weight, bias in zip(self.networks, self.specs, contexts, weights, biases):
             x, term = self.part(network, _step_of(network, spec), x, own_context, weight, bias)
             terms.append(term)
@@ -72,7 +72,7 @@ class ConditionalFlow(Recomputable):
         maps = self.affines.to_data(z.dtype)
         contexts = self._embed(context)
         (weight, *weights), (bias, *biases) = maps.weights.unbind(), maps.biases.unbind()
-        x, *terms = _affine_then_map(z, end, weight, bias, inverse=False)
+        x, terms = _affine_then_map(z, end, weight, bias, inverse=False)
         steps = reversed(list(zip(self.networks, self.specs, contexts)))
         for (network, spec, own_context), weight, bias in zip(steps, weights, biases):
             x, term = flow_step(x, network(x, own_context), weight, bias, spec)
@@ -97,11 +97,12 @@ class ConditionalFlow(Recomputable):
 
 
 def _affine_then_map(x: Tensor, raw: Tensor | None, weight: Tensor, bias: Tensor, *,
-                     inverse: bool) -> tuple[Tensor, ...]:
-    """The result and, if there is a dense affine map, its log-det."""
+                     inverse: bool) -> tuple[Tensor, list[Tensor]]:
+    """The result and, if there is a dense affine map, its log-det, to which a chain's are added."""
     if raw is None:
-        return (conv1x1(x, weight, bias),)
-    return flow_step(x, raw, weight, bias, DENSE_AFFINE, inverse=inverse)
+        return conv1x1(x, weight, bias), []
+    x, log_det = flow_step(x, raw, weight, bias, DENSE_AFFINE, inverse=inverse)
+    return x, [log_det]
 
 
 def _step_of(network: nn.Module, spec: CouplingSpec) -> Callable[..., tuple[Tensor, Tensor]]:

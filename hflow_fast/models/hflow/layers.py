@@ -6,35 +6,25 @@ Shapes are (B, C, H, W) unless said otherwise.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, Sequence
+from typing import Any, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import ops
 from ...ops import bias_act
-from ..precision import NetworkForm, conv2d, convolution_adds_bias, linear
+from ..precision import Activation, NetworkForm, activate, conv2d, convolution_adds_bias, linear
 
 __all__ = [
     "EqualConv2d", "EqualLinear", "Equalized", "Together", "downsample", "instance_norm", "join", "keep_fine",
     "merge_residual", "upsample",
 ]
 
-Activation = Literal["leaky_relu", "tanh", "linear"]
-
 LEAKY_SLOPE = 0.1
 NORM_EPSILON = 1e-6
 _MERGE_GAIN = math.sqrt(0.5)
 _LEAKY_GAIN = math.sqrt(2.0 / (1.0 + LEAKY_SLOPE**2))
 _GAIN = {"leaky_relu": _LEAKY_GAIN, "tanh": 5.0 / 3.0, "linear": 1.0}
-
-
-def _activate(x: Tensor, activation: Activation) -> Tensor:
-    """In place, on the fresh output of a convolution or product, which nothing else needs: half the memory."""
-    if activation == "leaky_relu":
-        return F.leaky_relu(x, LEAKY_SLOPE, inplace=True)
-    return torch.tanh_(x) if activation == "tanh" else x
 
 
 class Equalized(nn.Module):
@@ -104,10 +94,9 @@ class EqualConv2d(Equalized):
         padding = weight.shape[-1] // 2
         x = x.to(weight.dtype)
         if convolution_adds_bias(x):
-            x = conv2d(x, weight, bias, padding, groups)
             if residual is None:
-                return _activate(x, self.activation)
-            bias = None
+                return conv2d(x, weight, bias, padding, groups, self.activation, LEAKY_SLOPE)
+            x, bias = conv2d(x, weight, bias, padding, groups), None
         else:
             x = conv2d(x, weight, None, padding, groups)
         gain = 1.0 if residual is None else _MERGE_GAIN
@@ -127,7 +116,7 @@ class EqualLinear(Equalized):
 
     def apply_with(self, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
         """This layer's kind of linear map, with scaled weights that are given."""
-        return _activate(linear(x.to(weight.dtype), weight, bias), self.activation)
+        return activate(linear(x.to(weight.dtype), weight, bias), self.activation, LEAKY_SLOPE)
 
 
 def keep_fine(module: nn.Module) -> None:
