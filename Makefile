@@ -1,5 +1,6 @@
 # Every target sets up what it needs and can be run again: finished set-up is not redone.
 #   make test        all tests
+#   make test-oldest the same on torch 2.11, the oldest that is supported; takes several GB in .venv-oldest
 #   make demo        train a small model on real images: runs/demo/
 #   make cuda-check  compile every CUDA kernel, without a GPU
 #   make bench       our ops beside plain PyTorch and torch.compile: benchmarks/results, docs/benchmarks.md
@@ -8,7 +9,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help test demo cuda-check bench docs
+.PHONY: help test test-oldest demo cuda-check bench docs
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -18,7 +19,7 @@ BIN := $(VENV)/bin
 export MAX_JOBS ?= $(shell nproc)
 
 help:
-	@sed -n '2,6s/^# *//p' Makefile
+	@sed -n '2,7s/^# *//p' Makefile
 
 # torch comes first: the extension is built against the installed one, and nothing later may replace it.
 $(VENV)/torch.stamp:
@@ -38,6 +39,10 @@ test: $(VENV)/install.stamp
 	  cmake -S . -B build/cmake && cmake --build build/cmake --parallel $(MAX_JOBS) && \
 	  ctest --test-dir build/cmake --output-on-failure --parallel $(MAX_JOBS); \
 	else echo "no cmake: the C++ tests were not run"; fi
+
+# That torch comes with CUDA, of which these tests have no use.
+test-oldest:
+	HFLOW_FAST_CUDA=0 $(MAKE) test VENV=.venv-oldest TORCH=torch==2.11.0
 
 demo: $(VENV)/install.stamp
 	$(BIN)/python scripts/demo.py --run $(RUN)

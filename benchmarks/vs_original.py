@@ -10,6 +10,7 @@ First, losses and every gradient are compared, without noise, in float64. Then a
 - sampling: --batch random images, brought to the processor. The original has its inverses computed before.
 - encoding: --batch images to latents.
 - memory: peak of a training step in a process of its own, above what the imports take.
+- activity, of a GPU only: how much of a training step some kernel runs, how many, and how often the host waits.
 
 Like hflow-fast, our sides but recompute keep memory of the processor that they free (hflow_fast.keep_freed_memory); the
 original, which sets nothing, returns it. With MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=99999999999 before the command,
@@ -45,6 +46,7 @@ from torch import Tensor, nn
 
 from hflow_fast import keep_freed_memory
 from hflow_fast._replay import WARM_UP, Replay, cuda_recorder
+from hflow_fast.bench.activity import Activity, device_activity
 from hflow_fast.bench.agreement import (
     float64_by_default,
     smooth_images,
@@ -70,7 +72,7 @@ if torch.cuda.is_available():
 else:
     DEFAULT_MODES = ["plain", "prepared", "channels_last", "channels_last+merge"]
     DEFAULT_MODES += ["bf16", "bf16+merge"] if torch.cpu._is_amx_tile_supported() else []
-WORKS = ("training", "sampling", "encoding", "memory")
+WORKS = ("training", "sampling", "encoding", "memory", "activity")
 EMA_WEIGHT = 0.005
 TOLERANCE = 1e-6
 """Relative, in float64: what the two may differ by."""
@@ -289,7 +291,7 @@ def parts_of(options: argparse.Namespace) -> list[Tensor]:
 
 
 def measure(options: argparse.Namespace) -> tuple[dict[str, float], dict[str, dict[str, list[float]]]]:
-    """The differences, and for each work the quantiles of every side: seconds, or MiB."""
+    """The differences, and for each work the quantiles of every side: seconds, or MiB. Saves a GPU's activity."""
     original, model = build_pair(options)
     differences = compare(original, model, images(options, 2))
     print("agree: losses to {loss:.1e}, every gradient to {gradient:.1e}".format(**differences), flush=True)
@@ -305,6 +307,11 @@ def measure(options: argparse.Namespace) -> tuple[dict[str, float], dict[str, di
     results = {}
     parts, x = parts_of(options), images(options, max(2, options.batch))  # one image has no std in the original
     for work in options.only:
+        if work == "activity":
+            if options.device.type == "cuda":
+                save_activity(options, {name: device_activity(lambda side=side: side.training(parts))
+                                        for name, side in sides.items()})  # fmt: skip
+            continue
         if work == "memory":
             names = ["original", *(mode for mode in options.modes)]
             results[work] = {name: [peak_memory(name, options)] * len(QUANTILES) for name in names}
@@ -341,13 +348,29 @@ def report(work: str, sides: Mapping[str, list[float]]) -> None:
               f"original/this {sides['original'][1] / middle:5.2f}", flush=True)  # fmt: skip
 
 
+def save_activity(options: argparse.Namespace, activities: Mapping[str, Activity]) -> None:
+    """Of one training step: shown, and one line per side."""
+    rows = []
+    for name, activity in activities.items():
+        print(f"activity  {name:<18} busy {activity.busy:6.1%}, {activity.kernels} kernels in {activity.kernel_ms:.1f} ms, "
+              f"the host waits {activity.waits} times", flush=True)  # fmt: skip
+        rows.append(columns(options, name) | {"side": name, "busy": f"{activity.busy:.4f}", "kernels": activity.kernels,
+                                              "kernel_ms": f"{activity.kernel_ms:.3f}", "waits": activity.waits})
+    if not options.dry_run:
+        append_csv(options.results / "activity.csv", [row | provenance(options.device) for row in rows])
+
+
+def columns(options: argparse.Namespace, side: str) -> dict[str, Any]:
+    """What was measured, in every file."""
+    return {"config": options.config, "batch": options.batch, "groups": options.groups,
+            "precision": "bf16" if "bf16" in side else options.precision}
+
+
 def save(options: argparse.Namespace, differences: Mapping[str, float], results: Mapping[str, Any]) -> None:
     """One line per work and side."""
     where = provenance(options.device)
     rows = [
-        {"config": options.config, "batch": options.batch, "groups": options.groups,
-         "precision": "bf16" if "bf16" in name else options.precision,
-         "work": work, "side": name, "unit": "MiB" if work == "memory" else "s",
+        {**columns(options, name), "work": work, "side": name, "unit": "MiB" if work == "memory" else "s",
          **{f"q{q}": f"{value:.4f}" for q, value in zip(QUANTILES, values)},
          "original_over_this": f"{sides['original'][1] / values[1]:.3f}", "repeats": options.repeats,
          **{f"{what}_difference": f"{value:.2e}" for what, value in differences.items()}, **where}

@@ -79,6 +79,15 @@ def test_results_are_appended(script, options, monkeypatch):
     assert rows[1]["unit"] == "s" and rows[3]["unit"] == "MiB" and rows[0]["device"] and rows[0]["commit"]
 
 
+def test_activity_is_shown_and_kept(script, options, capsys):
+    activities = {"original": script.Activity(0.31, 13000, 81.5, 5), "graph+bf16": script.Activity(0.987, 3990, 20.25, 0)}
+    script.save_activity(options, activities)
+    assert "busy  98.7%, 3990 kernels in 20.2 ms, the host waits 0 times" in capsys.readouterr().out
+    with (options.results / "activity.csv").open(newline="") as file:
+        original, ours = csv.DictReader(file)
+    assert (original["waits"], ours["busy"], ours["precision"], ours["batch"]) == ("5", "0.9870", "bf16", "2")
+
+
 def test_images_are_in_range(script, options):
     images = script.images(options, 3)
     assert images.shape == (3, 3, 16, 16) and images.abs().max() < 0.52
