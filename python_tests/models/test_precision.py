@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections import Counter
 
 import pytest
@@ -12,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hflow_fast.models import HFlow
 from hflow_fast.models import precision
-from hflow_fast.models.hflow.layers import Equalized
+from hflow_fast.models.hflow.effective import _layers
+from hflow_fast.models.hflow.layers import EqualConv2d, EqualLinear, Equalized
 
 from .test_prepared import train
 
@@ -69,7 +71,8 @@ def test_bf16_moves_the_bound_little_and_really_is_used(tiny_model, images):
 
 
 def test_what_stays_float32(tiny_model, images, monkeypatch):
-    """Networks alone are bfloat16, but for encoders: no flow variable, channel map, log-det or gradient is."""
+    """Networks alone are bfloat16, but for encoders and what gives scales and shifts: no flow variable, channel map,
+    log-det or gradient is."""
     monkeypatch.setattr(precision, "_CPU_HAS_BFLOAT16", True)  # no detour through float32
     tiny_model.set_precision("bf16")
     seen: dict[str, Counter] = {}
@@ -81,16 +84,18 @@ def test_what_stays_float32(tiny_model, images, monkeypatch):
         loss = tiny_model.loss(images)
         loss.mean().backward()
     half, single = torch.bfloat16, torch.float32
-    assert {dtype for dtypes in seen["addmm"] for dtype in dtypes} == {half}
-    of_encoders = sum(isinstance(module, Equalized) and "encoder" in name for name, module in tiny_model.named_modules())
-    for name in ("convolution", "convolution_backward"):
+    fine = [name for name, module in tiny_model.named_modules() if isinstance(module, Equalized)
+            and re.search(r"encoder|decoder\.(start|end)\.|\.(scale|(scale|shift)\.1)$", name)]
+    assert fine == [name for name, module in tiny_model.named_modules() if getattr(module, "fine", False)]
+    fine_users = [user for user in tiny_model._weights._users if _layers(user)[0].fine]
+    for name, kind in (("addmm", EqualLinear), ("convolution", EqualConv2d), ("convolution_backward", EqualConv2d)):
         of_dtype = Counter()
         for dtypes, count in seen[name].items():
             of_dtype[frozenset(dtypes)] += count
         assert of_dtype.keys() == {frozenset({single}), frozenset({half})}
-        assert of_dtype[frozenset({single})] == of_encoders > 10
-    for dtypes in seen["flow_step_fwd"]:  # x, raw, weight, bias → y, log-det
-        assert dtypes == (single, half, single, single, single, single)
+        assert of_dtype[frozenset({single})] == sum(isinstance(_layers(user)[0], kind) for user in fine_users) > 10
+    assert seen["flow_step_fwd"].keys() == {(single,) * 6}  # x, raw, weight, bias → y, log-det
+    assert seen["coupling_fwd"].keys() == {(single,) * 4}  # x, raw → y, log-det
     for name in ("lu_many_fwd", "bmm", "std", "log"):
         assert not any(half in dtypes for dtypes in seen[name]), name
     assert loss.dtype == single

@@ -3,6 +3,9 @@
 Each takes x and its own embedding of the context (:class:`ContextEmbeddings`), and returns (B, 2C, …): C channels of scale, then C
 of shift, unclipped and unmasked; the coupling clips them and ignores what lies outside its active set. The input is
 masked here, times √2 because half of it is zero.
+
+The layers that give them stay float32 in every precision: a rounded shift is an error of the latent itself, many times
+larger where the flow has found little noise in the data.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from torch import Tensor, nn
 
 from ...ops import active_mask
 from .architecture import StepSpec
-from .layers import EqualConv2d, EqualLinear, Together, downsample, instance_norm, upsample
+from .layers import EqualConv2d, EqualLinear, Together, downsample, instance_norm, keep_fine, upsample
 
 __all__ = ["ContextEmbeddings", "PlainCouplingNet", "PoolingCouplingNet", "VectorCouplingNet"]
 
@@ -55,6 +58,7 @@ class VectorCouplingNet(nn.Module):
         self.scale = EqualLinear(hidden // 2, channels, activation="linear", zero_init=True)
         self.shift = nn.Sequential(EqualLinear(hidden // 2, hidden // 2),
                                    EqualLinear(hidden // 2, channels, activation="linear"))
+        keep_fine(self.scale, self.shift[-1])
 
     def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
         passive = self.input.entering(x.flatten(1) * self.passive)
@@ -79,6 +83,7 @@ class PlainCouplingNet(_CouplingNet):
         self.scale = EqualConv2d(hidden // 2, channels, 1, activation="linear", zero_init=True)
         self.shift = nn.Sequential(EqualConv2d(hidden // 2, hidden // 2, 3),
                                    EqualConv2d(hidden // 2, channels, 1, activation="linear"))
+        keep_fine(self.scale, self.shift[-1])
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         x = self.input(torch.cat([self.input.entering(x * self.passive), context], dim=1))
@@ -107,6 +112,7 @@ class PoolingCouplingNet(_CouplingNet):
             nn.Sequential(EqualConv2d(hidden // 2, hidden // 2, 3),
                           EqualConv2d(hidden // 2, channels, 1, activation="linear", zero_init=True))
             for _ in range(2))
+        keep_fine(self.scale[-1], self.shift[-1])
         # Half of the channels goes to the scale's layers, the other to the shift's.
         self.together = [Together(layers, own_inputs=True) for layers in zip(self.scale, self.shift)]
 

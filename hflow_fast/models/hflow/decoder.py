@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...nn.recompute import Recomputable
 from .architecture import LevelSpec
 from .config import EndblockConfig
-from .layers import EqualConv2d, EqualLinear, Together, instance_norm, merge_residual, upsample
+from .layers import EqualConv2d, EqualLinear, Together, instance_norm, keep_fine, merge_residual, upsample
 from .noise import Noise, perturb
 from .unet import ParallelUNets, UNet
 
@@ -149,6 +149,7 @@ class _AffineHead(nn.Module):
         self.scale = nn.Sequential(
             EqualConv2d(hidden, channels, 3, lr_scale=lr_scale),
             EqualConv2d(channels, channels, 1, activation="linear", lr_scale=lr_scale, zero_init=True))
+        keep_fine(self)  # as the last layers of coupling networks
 
 
 class _AffineHeads:

@@ -119,11 +119,12 @@ class EqualLinear(Equalized):
         return activate(linear(x.to(weight.dtype), weight, bias), self.activation, LEAKY_SLOPE)
 
 
-def keep_fine(module: nn.Module) -> None:
+def keep_fine(*modules: nn.Module) -> None:
     """From now on the layers inside compute in their parameters' dtype, whatever the precision of networks."""
-    for layer in module.modules():
-        if isinstance(layer, Equalized):
-            layer.fine = True
+    for module in modules:
+        for layer in module.modules():
+            if isinstance(layer, Equalized):
+                layer.fine = True
 
 
 class Together:
