@@ -116,9 +116,9 @@ class HFlow(nn.Module):
     def set_precision(self, precision: Precision | None, *, channels_last: bool | None = None) -> HFlow:
         """In what the networks compute: those in the couplings, decoders, the style's and the embeddings.
 
-        Parameters, encoders, flow variables, scales and shifts as they are applied, log-dets, statistics of norms, noise,
-        channel maps and exponentials of matrices are float32 or better in all precisions (a GPU's encoders tf32 but in
-        "fp32"), flow variables float64 in :meth:`encode` where the networks are coarser than float32; why, says
+        Parameters, encoders, the layers that give scales and shifts, flow variables, log-dets, statistics of norms, noise,
+        channel maps and exponentials of matrices are float32 or better in all precisions (on a GPU those networks tf32
+        but in "fp32"), flow variables float64 in :meth:`encode` where the networks are coarser than float32; why, says
         :mod:`hflow_fast.models.precision`.
 
         Args:
