@@ -27,15 +27,21 @@ def clock(function: Callable[[], Any], device: torch.device) -> float:
 
 
 def time_in_turn(
-    functions: Mapping[str, Callable[[], Any]], device: torch.device, repeats: int, warm_up: int
+    functions: Mapping[str, Callable[[], Any]], device: torch.device, repeats: int, warm_up: int, settle: bool = False
 ) -> dict[str, list[float]]:
-    """Seconds of every side, ``repeats`` times, one after the other, after ``warm_up`` calls of each."""
+    """Seconds of every side, ``repeats`` times, one after the other, after ``warm_up`` calls of each.
+
+    With ``settle``, each side's turn begins with a call that is not timed, for what is done many times in a row: the
+    side before has left caches, and a processor's clock and AMX unit, as suited itself.
+    """
     for function in functions.values():
         for _ in range(warm_up):
             clock(function, device)
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
+            if settle:
+                clock(function, device)
             times[name].append(clock(function, device))
     return times
 

@@ -68,6 +68,9 @@ def test_results_are_appended(script, options, monkeypatch):
     monkeypatch.setattr(time, "perf_counter", lambda: float(next(ticks)))
     times = script.time_in_turn({"original": lambda: None, "prepared": lambda: None}, options.device, 2, warm_up=1)
     assert times == {"original": [1.0, 1.0], "prepared": [1.0, 1.0]}
+    calls = []
+    script.time_in_turn({name: lambda name=name: calls.append(name) for name in "ab"}, options.device, 2, 1, settle=True)
+    assert "".join(calls) == "ab" + 2 * "aabb"
     results = {"training": {"original": [2.0, 4.0, 5.0], "prepared": [1.0, 1.0, 1.5]},
                "memory": {"original": [300.0] * 3, "prepared": [100.0] * 3}}
     for _ in range(2):
