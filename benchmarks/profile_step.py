@@ -263,14 +263,18 @@ def tables(folder: Path) -> dict[str, str]:
                    f"{row['ms_low']}–{row['ms_high']}", f"{row['ratio_low']}–{row['ratio_high']}"] for row in rows]
         result["prediction"] = _table(lines, rows[-1])
     rows = newest(folder / "vs_original.csv", "work", "side", "precision", "groups")
-    if rows:  # ratios are those of one run
-        date = max(row["date"] for row in rows)
-        rows = [row for row in rows if row["date"] == date]
+    if rows:  # the ratios of a work are those of one run
+        dates: dict[str, str] = {}
+        for row in rows:
+            dates[row["work"]] = max(row["date"], dates.get(row["work"], ""))
+        rows = [row for work in vs_original.WORKS for row in rows
+                if row["work"] == work and row["date"] == dates[work]]  # fmt: skip
+        commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
         lines = [["work", "side", "precision", "median", "20–80 %", "original / this"]]
         lines += [[row["work"], row["side"], row["precision"], f"{_short(row['q50'])} {row['unit']}",
                    f"{_short(row['q20'])}–{_short(row['q80'])}", f"{float(row['original_over_this']):.2f}"]
                   for row in rows]  # fmt: skip
-        result["vs_original"] = _table(lines, rows[-1], f" × {rows[-1]['groups']}")
+        result["vs_original"] = _table(lines, rows[-1] | {"commit": commits}, f" × {rows[-1]['groups']}")
     return result
 
 

@@ -155,6 +155,20 @@ def test_the_page_takes_every_table(script):
     assert all(f"<!-- {name} -->\ntext\n<!-- /{name} -->" in filled for name in names)
 
 
+def test_each_work_is_shown_from_its_newest_run(script, tmp_path):
+    columns = "config,batch,groups,precision,work,side,unit,q20,q50,q80,original_over_this,device,threads,torch,commit,date"
+    rows = [("sampling", "original", "1.00", "old", "2026-01-01"), ("sampling", "gone", "7.00", "old", "2026-01-01"),
+            ("training", "original", "1.00", "old", "2026-01-01"), ("training", "bf16", "4.00", "old", "2026-01-01"),
+            ("sampling", "original", "1.00", "new", "2026-01-02"), ("sampling", "bf16", "3.00", "new", "2026-01-02")]
+    lines = [f"A,4,4,fp32,{work},{side},s,1,1,1,{ratio},d,2,t,{commit},{date}" for work, side, ratio, commit, date in rows]
+    (tmp_path / "vs_original.csv").write_text("\n".join([columns, *lines, ""]))
+    caption, _, _, _, *shown = script.tables(tmp_path)["vs_original"].splitlines()
+    assert caption == "A, batch 4 × 4; d, 2 threads, torch t, commit old, new, 2026-01-02."
+    assert [(line.split("|")[1].strip(), line.split("|")[2].strip(), line.split("|")[-2].strip()) for line in shown] == [
+        ("training", "original", "1.00"), ("training", "bf16", "4.00"),
+        ("sampling", "original", "1.00"), ("sampling", "bf16", "3.00")]  # fmt: skip
+
+
 def test_prediction_is_said_to_be_one(predict, capsys):
     work = predict.Work([predict.Operation("add", 0.0, 1000, False)])
     predict.print_prediction("tiny-16", {"training": {"original": work, "prepared": work}}, 2)
