@@ -264,9 +264,7 @@ def tables(folder: Path) -> dict[str, str]:
         result["prediction"] = _table(lines, rows[-1])
     rows = newest(folder / "vs_original.csv", "work", "side", "precision", "groups")
     if rows:  # the ratios of a work are those of one run
-        dates: dict[str, str] = {}
-        for row in rows:
-            dates[row["work"]] = max(row["date"], dates.get(row["work"], ""))
+        dates = {row["work"]: row["date"] for row in sorted(rows, key=lambda row: row["date"])}
         rows = [row for work in vs_original.WORKS for row in rows
                 if row["work"] == work and row["date"] == dates[work]]  # fmt: skip
         commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._processor import CONVOLVES_CHANNELS_LAST
+from .._processor import CONVOLVES_CHANNELS_LAST, HAS_BFLOAT16
 from ..ops._conv3x3 import conv3x3, is_quick
 from ..ops._conv_act import conv_act, is_fusible, pays
 
@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 Precision = Literal["fp32", "tf32", "bf16"]
-Activation = Literal["leaky_relu", "tanh", "linear"]
+Activation = Literal["leaky_relu", "relu", "tanh", "linear"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 
 
@@ -114,7 +114,7 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, groups:
     """:func:`torch.nn.functional.conv2d` and an activation, by whatever is quickest, also without bfloat16 instructions.
 
     Args:
-        activation: "leaky_relu" of negative ``slope``, "tanh", or "linear", which is none.
+        activation: "leaky_relu" of negative ``slope``, "relu", "tanh", or "linear", which is none.
     """
     if _lacks_bfloat16(x):
         bias = None if bias is None else bias.float()
@@ -130,10 +130,12 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, groups:
     return activate(y, activation, slope)
 
 
-def activate(x: Tensor, activation: Activation, slope: float) -> Tensor:
+def activate(x: Tensor, activation: Activation, slope: float = 0.0) -> Tensor:
     """In place, on the fresh output of a convolution or product, which nothing else needs: half the memory."""
     if activation == "leaky_relu":
         return F.leaky_relu(x, slope, inplace=True)
+    if activation == "relu":
+        return torch.relu_(x)
     return torch.tanh_(x) if activation == "tanh" else x
 
 
@@ -152,7 +154,4 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def _lacks_bfloat16(x: Tensor) -> bool:
     """Whether PyTorch would take a loop 10 to 40 times slower than float32, where it rounds no differently: products
     of bfloat16 are exact in float32, in which both add up."""
-    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not _CPU_HAS_BFLOAT16
-
-
-_CPU_HAS_BFLOAT16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not HAS_BFLOAT16

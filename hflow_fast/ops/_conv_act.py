@@ -2,7 +2,7 @@
 
 oneDNN applies an activation while a result is still in registers. PyTorch's convolution does not offer that, but the
 operator does that its compiler calls for it. Without gradients the weights are, besides, kept in the blocked layout that
-oneDNN computes with, which PyTorch makes anew in every call: half the time where weights are many and pixels few.
+oneDNN computes with, which PyTorch makes anew in every call: up to half the time where weights are many and pixels few.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ._conv3x3 import wants_more_than_a_kernel
+from hflow_fast._processor import HAS_BFLOAT16
+from hflow_fast.ops._conv3x3 import wants_more_than_a_kernel
 
 __all__ = ["conv_act", "is_fusible", "pays"]
 
 _KERNEL = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
 _REORDER = getattr(torch.ops.mkldnn, "_reorder_convolution_weight", None)
-_SERVES = _KERNEL is not None and _REORDER is not None and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+_SERVES = _KERNEL is not None and _REORDER is not None and HAS_BFLOAT16
 _ONES = [1, 1]
 _FEWEST_VALUES = 128 * 16 * 16  # of a sample: below, following a gradient through Python costs more than a pass
 
@@ -47,7 +48,7 @@ def conv_act(x: Tensor, weight: Tensor, bias: Tensor, padding: int, groups: int,
         x: (B, C, H, W), with something in it.
         weight: (K, C / groups, k, k).
         bias: (K,).
-        activation: "leaky_relu" of negative ``slope``, "tanh", or "linear", which is none.
+        activation: "leaky_relu" of negative ``slope``, "relu", "tanh", or "linear", which is none.
 
     Returns:
         (B, K, H′, W′).
@@ -74,6 +75,8 @@ class _ConvAct(torch.autograd.Function):
         padding, groups, activation, slope = ctx.options
         if activation == "leaky_relu":
             gradient = torch.ops.aten.leaky_relu_backward.default(gradient, y, slope, True)
+        elif activation == "relu":
+            gradient = torch.ops.aten.threshold_backward.default(gradient, y, 0)
         else:
             gradient = torch.ops.aten.tanh_backward.default(gradient, y)
         gradients = torch.ops.aten.convolution_backward.default(
@@ -83,7 +86,8 @@ class _ConvAct(torch.autograd.Function):
 
 
 def _run(x: Tensor, weight: Tensor, bias: Tensor, padding: int, groups: int, activation: str, slope: float) -> Tensor:
-    name, numbers = {"leaky_relu": ("leaky_relu", [slope]), "tanh": ("tanh", []), "linear": ("none", [])}[activation]
+    name = "none" if activation == "linear" else activation
+    numbers = [slope] if activation == "leaky_relu" else []
     return _KERNEL.default(x, weight, bias, [padding] * 2, _ONES, _ONES, groups, name, numbers, "")
 
 

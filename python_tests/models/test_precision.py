@@ -73,7 +73,7 @@ def test_bf16_moves_the_bound_little_and_really_is_used(tiny_model, images):
 def test_what_stays_float32(tiny_model, images, monkeypatch):
     """Networks alone are bfloat16, but for encoders and what gives scales and shifts: no flow variable, channel map,
     log-det or gradient is."""
-    monkeypatch.setattr(precision, "_CPU_HAS_BFLOAT16", True)  # no detour through float32
+    monkeypatch.setattr(precision, "HAS_BFLOAT16", True)  # no detour through float32
     tiny_model.set_precision("bf16")
     seen: dict[str, Counter] = {}
 
@@ -130,7 +130,7 @@ def test_without_instructions_bf16_rounds_where_it_would(tiny_model, images, mon
     tiny_model.eval().set_precision("bf16")
     losses = []
     for has in (False, True):
-        monkeypatch.setattr(precision, "_CPU_HAS_BFLOAT16", has)
+        monkeypatch.setattr(precision, "HAS_BFLOAT16", has)
         losses.append(tiny_model.loss(images, noise=False))
     torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-3)
 

@@ -18,7 +18,7 @@ if not _conv_act._SERVES:
     pytest.skip("needs a processor with instructions for bfloat16", allow_module_level=True)
 
 SLOPE = 0.1
-ACTIVATIONS = pytest.mark.parametrize("activation", ["leaky_relu", "tanh", "linear"])
+ACTIVATIONS = pytest.mark.parametrize("activation", ["leaky_relu", "relu", "tanh", "linear"])
 # (B, C, H, W), outputs, kernel, padding, groups
 CASES = pytest.mark.parametrize("case", [
     ((2, 24, 9, 12), 40, 3, 1, 1), ((3, 70, 8, 8), 20, 1, 0, 1), ((2, 24, 10, 10), 36, 3, 1, 2),

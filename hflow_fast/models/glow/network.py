@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...nn._data_init import channel_statistics
 from ...ops import bias_act
-from ..precision import activate, conv2d, convolution_adds_bias
+from ..precision import Activation, activate, conv2d, convolution_adds_bias
 from .folding import Folding
 
 __all__ = [
@@ -131,9 +131,9 @@ def coupling_network(x: Tensor, frame: Tensor | None, weight1: Tensor, bias1: Te
     return convolve(_rectified(x, weight2, bias2), weight3, bias3)
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, frame: Tensor | None = None, *,
-             rectified: bool = False) -> Tensor:
-    """A same-size convolution, and a ReLU where ``rectified``.
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, frame: Tensor | None = None,
+             activation: Activation = "linear") -> Tensor:
+    """A same-size convolution and an activation.
 
     Args:
         bias: (out,) or (out, R, R).
@@ -143,10 +143,9 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, frame: Tensor | Non
     if frame is not None:
         frame = frame.to(x.dtype).expand(x.shape[0], -1, -1, -1)
         x, padding = torch.cat([F.pad(x, (1, 1, 1, 1)), frame], dim=1), 0
-    activation = "leaky_relu" if rectified else "linear"  # its slope is 0
     if bias is None or bias.dim() == 1:
         return conv2d(x, weight, bias, padding, activation=activation)
-    return activate(conv2d(x, weight, None, padding).add_(bias), activation, 0.0)
+    return activate(conv2d(x, weight, None, padding).add_(bias), activation)
 
 
 def padding_frame(resolution: int) -> Tensor:
@@ -167,5 +166,5 @@ def on_padding(kernels: Tensor, taps: Tensor) -> Tensor:
 def _rectified(x: Tensor, weight: Tensor, bias: Tensor, frame: Tensor | None = None) -> Tensor:
     """A convolution and a ReLU."""
     if convolution_adds_bias(x):
-        return convolve(x, weight, bias, frame, rectified=True)
+        return convolve(x, weight, bias, frame, activation="relu")
     return bias_act(convolve(x, weight, None, frame), bias, activation="leaky_relu", slope=0.0)
